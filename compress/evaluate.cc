@@ -1,0 +1,228 @@
+#include "compress/evaluate.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <random>
+
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_split.h"
+#include "base/check.h"
+#include "base/file.h"
+#include "base/status_macros.h"
+
+namespace nestor {
+namespace {
+
+constexpr int kBootstrapSamples = 100;
+
+// Ranks from 1, ties sharing the mean of theirs.
+std::vector<double> Ranks(std::span<const double> values) {
+  std::vector<size_t> order(values.size());
+  std::iota(order.begin(), order.end(), size_t{0});
+  std::sort(order.begin(), order.end(), [&](size_t a, size_t b) { return values[a] < values[b]; });
+  std::vector<double> ranks(values.size());
+  for (size_t begin = 0; begin < order.size();) {
+    size_t end = begin + 1;
+    while (end < order.size() && values[order[end]] == values[order[begin]]) ++end;
+    const double rank = 0.5 * static_cast<double>(begin + 1 + end);
+    for (size_t i = begin; i < end; ++i) ranks[order[i]] = rank;
+    begin = end;
+  }
+  return ranks;
+}
+
+double Pearson(std::span<const double> a, std::span<const double> b) {
+  const double n = static_cast<double>(a.size());
+  const double mean_a = std::accumulate(a.begin(), a.end(), 0.0) / n;
+  const double mean_b = std::accumulate(b.begin(), b.end(), 0.0) / n;
+  double covariance = 0;
+  double variance_a = 0;
+  double variance_b = 0;
+  for (size_t i = 0; i < a.size(); ++i) {
+    covariance += (a[i] - mean_a) * (b[i] - mean_b);
+    variance_a += (a[i] - mean_a) * (a[i] - mean_a);
+    variance_b += (b[i] - mean_b) * (b[i] - mean_b);
+  }
+  const double norm = std::sqrt(variance_a * variance_b);
+  return norm > 0 ? covariance / norm : 0;
+}
+
+// Of mean log-likelihood differences between two measurements of the same windows.
+double StandardErrorOfDifference(std::span<const WindowScore> a, std::span<const WindowScore> b) {
+  const size_t n = a.size();
+  if (n < 2) return 0;
+  double tokens = 0;
+  double total = 0;
+  for (size_t i = 0; i < n; ++i) {
+    tokens += static_cast<double>(a[i].tokens);
+    total += a[i].log_likelihood - b[i].log_likelihood;
+  }
+  const double mean = total / tokens;
+  double variance = 0;  // of a ratio estimator, windows as clusters
+  for (size_t i = 0; i < n; ++i) {
+    const double residual =
+        a[i].log_likelihood - b[i].log_likelihood - mean * static_cast<double>(a[i].tokens);
+    variance += residual * residual;
+  }
+  variance *= static_cast<double>(n) / static_cast<double>(n - 1);
+  return std::sqrt(variance) / tokens;
+}
+
+std::vector<double> Resample(std::span<const double> values, const std::vector<size_t>& chosen) {
+  std::vector<double> resampled;
+  resampled.reserve(chosen.size());
+  for (const size_t i : chosen) resampled.push_back(values[i]);
+  return resampled;
+}
+
+// Similarities against the labels as ratio to the reference's, or against the reference's own.
+double SpearmanQuality(std::span<const double> level, std::span<const double> reference,
+                       std::span<const double> labels) {
+  if (labels.empty()) return Spearman(level, reference);
+  const double best = Spearman(reference, labels);
+  return best != 0 ? Spearman(level, labels) / best : 0;
+}
+
+double BootstrapError(std::span<const double> level, std::span<const double> reference,
+                      std::span<const double> labels) {
+  std::mt19937_64 random(1);
+  double sum = 0;
+  double sum_of_squares = 0;
+  std::vector<size_t> chosen(level.size());
+  for (int sample = 0; sample < kBootstrapSamples; ++sample) {
+    for (size_t& index : chosen) index = random() % level.size();
+    const std::vector<double> resampled_labels =
+        labels.empty() ? std::vector<double>() : Resample(labels, chosen);
+    const double quality =
+        SpearmanQuality(Resample(level, chosen), Resample(reference, chosen), resampled_labels);
+    sum += quality;
+    sum_of_squares += quality * quality;
+  }
+  const double mean = sum / kBootstrapSamples;
+  return std::sqrt(std::max(0.0, sum_of_squares / kBootstrapSamples - mean * mean));
+}
+
+}  // namespace
+
+EvaluationSet ConsecutivePairs(TokenSequences lines) {
+  EvaluationSet set;
+  set.sequences = std::move(lines);
+  for (size_t i = 0; i + 1 < set.sequences.size(); ++i) set.pairs.emplace_back(i, i + 1);
+  return set;
+}
+
+absl::StatusOr<EvaluationSet> ReadLabelledPairs(const std::string& path, const Tokenizer& tokenizer,
+                                                const ModelSpec& spec) {
+  constexpr size_t kLabelColumn = 4;
+  constexpr size_t kSentenceColumn = 5;
+  NESTOR_ASSIGN_OR_RETURN(const std::string text, ReadFile(path));
+  EvaluationSet set;
+  int64_t number = 0;
+  for (const auto& line : absl::StrSplit(text, '\n')) {
+    ++number;
+    if (line.empty()) continue;
+    const std::vector<std::string> columns = absl::StrSplit(line, '\t');
+    double label = 0;
+    if (columns.size() < kSentenceColumn + 2 || !absl::SimpleAtod(columns[kLabelColumn], &label) ||
+        !std::isfinite(label)) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(path, ": line ", number,
+                       ": expected tab-separated columns, the fifth a score, the "
+                       "sixth and seventh sentences"));
+    }
+    for (size_t i = 0; i < 2; ++i) {
+      NESTOR_ASSIGN_OR_RETURN(
+          TokenSequences sentence,
+          SequencesOf(columns[kSentenceColumn + i], tokenizer, spec, /*max_tokens=*/0));
+      if (sentence.size() != 1) {
+        return absl::InvalidArgumentError(
+            absl::StrCat(path, ": line ", number, ": sentence ", i + 1, " is empty"));
+      }
+      set.sequences.push_back(std::move(sentence[0]));
+    }
+    set.pairs.emplace_back(set.sequences.size() - 2, set.sequences.size() - 1);
+    set.labels.push_back(label);
+  }
+  if (set.pairs.size() < 2) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(path, ": ", set.pairs.size(), " sentence pairs, at least 2 are needed"));
+  }
+  return set;
+}
+
+int64_t MeasuredTokens(const EvaluationSet& set) { return CountTokens(set.sequences); }
+
+absl::StatusOr<Measurement> Measure(Engine* engine, int level, const EvaluationSet& set,
+                                    Progress* progress) {
+  Measurement measurement;
+  if (!engine->model().spec().is_encoder()) {
+    NESTOR_ASSIGN_OR_RETURN(measurement.windows,
+                            ScoreWindows(engine, set.sequences, level, progress));
+    return measurement;
+  }
+  NESTOR_ASSIGN_OR_RETURN(const std::vector<std::vector<float>> embeddings,
+                          EmbedSentences(engine, set.sequences, level, progress));
+  for (const auto& [first, second] : set.pairs) {
+    measurement.similarities.push_back(Cosine(embeddings[first], embeddings[second]));
+  }
+  return measurement;
+}
+
+double Perplexity(std::span<const WindowScore> windows) {
+  double log_likelihood = 0;
+  double tokens = 0;
+  for (const WindowScore& window : windows) {
+    log_likelihood += window.log_likelihood;
+    tokens += static_cast<double>(window.tokens);
+  }
+  return std::exp(-log_likelihood / tokens);
+}
+
+double Spearman(std::span<const double> a, std::span<const double> b) {
+  NESTOR_CHECK(a.size() == b.size());
+  return Pearson(Ranks(a), Ranks(b));
+}
+
+LevelMetrics MetricsOf(const EvaluationSet& set, const Measurement& level, const Measurement& full,
+                       const Measurement* source) {
+  LevelMetrics metrics;
+  if (!level.windows.empty()) {
+    metrics.perplexity = Perplexity(level.windows);
+    metrics.quality = Perplexity(full.windows) / *metrics.perplexity;
+    metrics.standard_error =
+        metrics.quality * StandardErrorOfDifference(level.windows, full.windows);
+    if (source != nullptr) {
+      metrics.quality_vs_source = Perplexity(source->windows) / *metrics.perplexity;
+    }
+    return metrics;
+  }
+  metrics.spearman =
+      Spearman(level.similarities, set.labels.empty() ? full.similarities : set.labels);
+  metrics.quality = SpearmanQuality(level.similarities, full.similarities, set.labels);
+  metrics.standard_error = BootstrapError(level.similarities, full.similarities, set.labels);
+  if (source != nullptr) {
+    metrics.quality_vs_source =
+        SpearmanQuality(level.similarities, source->similarities, set.labels);
+  }
+  return metrics;
+}
+
+absl::StatusOr<std::vector<LevelMetrics>> EvaluateLevels(Engine* engine, const EvaluationSet& set,
+                                                         const Measurement* source) {
+  const int num_levels = static_cast<int>(engine->model().levels().size());
+  std::vector<Measurement> measurements;
+  for (int level = 0; level < num_levels; ++level) {
+    Progress progress(absl::StrCat("Evaluating level ", level, " of 0-", num_levels - 1),
+                      MeasuredTokens(set));
+    NESTOR_ASSIGN_OR_RETURN(measurements.emplace_back(), Measure(engine, level, set, &progress));
+  }
+  std::vector<LevelMetrics> metrics;
+  for (const Measurement& measurement : measurements) {
+    metrics.push_back(MetricsOf(set, measurement, measurements.back(), source));
+  }
+  return metrics;
+}
+
+}  // namespace nestor

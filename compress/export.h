@@ -1,0 +1,69 @@
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "base/mutex.h"
+#include "compress/layer.h"
+#include "engine/nested_model.h"
+
+namespace nestor {
+
+// Tensors of an artifact on their way to nested.safetensors. How many rows of a factor are kept is
+// known only when every layer has been seen, and a model may be larger than memory, so they wait
+// in a file. Thread-safe. RESOURCE_EXHAUSTED names the file when the disk is full.
+class TensorSpill {
+ public:
+  static absl::StatusOr<std::unique_ptr<TensorSpill>> Create(const std::string& path);
+  ~TensorSpill();  // removes the file
+
+  absl::Status Add(const std::string& name, DType dtype, std::vector<int64_t> shape,
+                   std::span<const std::byte> bytes);
+  // Writes everything to a safetensors file at `path`: of the tensors in `kept_rows` that many
+  // rows (0: none of it), of others all. Returns the checksums by name.
+  absl::StatusOr<std::map<std::string, std::string>> WriteTensors(
+      const std::string& path, const std::map<std::string, int64_t>& kept_rows) const;
+
+ private:
+  struct Slot {
+    DType dtype;
+    std::vector<int64_t> shape;
+    int64_t offset;
+  };
+  TensorSpill(std::string path, int descriptor);
+  const std::string path_;
+  const int fd_;
+  mutable Mutex mutex_;
+  std::map<std::string, Slot> slots_ ABSL_GUARDED_BY(mutex_);
+  int64_t size_ ABSL_GUARDED_BY(mutex_) = 0;
+};
+
+// Adds what docs/artifact_format.md lists for a layer, except its bias.
+absl::Status AddLayer(const LinearSpec& spec, const LayerParts& parts, TensorSpill* spill);
+// Adds what the model reads beside its linear layers' weights: biases, norms, embeddings.
+absl::Status AddOtherTensors(const NestedModel& source, TensorSpill* spill);
+// INVALID_ARGUMENT names the file and the tensor that holds a NaN or an infinity.
+absl::Status CheckFinite(const NestedModel& source);
+
+// Keeps, of each layer's factors, the largest rank that a level uses: rows by tensor name.
+struct StoredRanks {
+  std::vector<int64_t> residual;  // by layer
+  std::vector<int64_t> prefix;
+};
+StoredRanks StoredRanksOf(const std::vector<Level>& levels, size_t num_layers);
+std::map<std::string, int64_t> KeptRows(const std::vector<LinearSpec>& layers,
+                                        const StoredRanks& ranks);
+
+// Copies the files beside the weights (configuration, tokenizer, pooling) that `source` has.
+absl::Status CopyModelFiles(const std::string& source, const std::string& destination);
+
+// Syncs `partial` and renames it to `path`, replacing a directory there only where `overwrites`.
+absl::Status CommitDirectory(const std::string& partial, const std::string& path, bool overwrites);
+
+}  // namespace nestor

@@ -1,0 +1,48 @@
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "base/progress.h"
+#include "compress/corpus.h"
+#include "engine/engine.h"
+
+namespace nestor {
+
+// Running whole texts through an engine, the way compression and evaluation need it.
+
+using BackendFactory = std::function<absl::StatusOr<std::unique_ptr<Backend>>()>;
+
+// An engine with a KV cache of `positions`, all sequences together.
+absl::StatusOr<std::unique_ptr<Engine>> OpenEngine(std::unique_ptr<NestedModel> model,
+                                                   const BackendFactory& make_backend,
+                                                   int64_t positions);
+
+struct WindowScore {
+  double log_likelihood = 0;  // of the scored tokens, natural logarithm
+  int64_t tokens = 0;         // scored
+};
+
+// Log-probabilities of every `stride`-th token of `window` but the first one, in order.
+absl::StatusOr<std::vector<double>> LogProbabilities(Engine* engine,
+                                                     const std::vector<int32_t>& window, int level,
+                                                     int64_t stride);
+
+// Scores every `stride`-th token of each window but the first one. `progress` (may be null)
+// advances by the tokens processed. REQUIRES: a language model.
+absl::StatusOr<std::vector<WindowScore>> ScoreWindows(Engine* engine, const TokenSequences& windows,
+                                                      int level, Progress* progress,
+                                                      int64_t stride = 1);
+
+// Embeddings of sentences, several of them in a step. REQUIRES: an encoder.
+absl::StatusOr<std::vector<std::vector<float>>> EmbedSentences(Engine* engine,
+                                                               const TokenSequences& sentences,
+                                                               int level, Progress* progress);
+
+// Of two vectors of one length; 0 where either is zero.
+double Cosine(const std::vector<float>& a, const std::vector<float>& b);
+
+}  // namespace nestor

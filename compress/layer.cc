@@ -1,0 +1,116 @@
+#include "compress/layer.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "base/bfloat16.h"
+#include "base/status_macros.h"
+#include "compress/decompose.h"
+
+namespace nestor {
+namespace {
+
+constexpr int64_t kResidualRankStep = 8;
+constexpr int64_t kPrefixRankStep = 16;
+// A layer of fewer useful ranks than this many steps takes smaller ones.
+constexpr int64_t kLeastPrefixSteps = 4;
+
+FactorPair QuantisePair(const Decomposition& decomposition, const LinearSpec& spec) {
+  return {.a = QuantiseFactor(decomposition.a, decomposition.rank, spec.in),
+          .bt = QuantiseFactor(decomposition.bt, decomposition.rank, spec.out)};
+}
+
+// Energy that each rank leaves out: tails[r] = sum over k >= r of s_k^2.
+std::vector<double> TailEnergies(const std::vector<double>& singular_values) {
+  std::vector<double> tails(singular_values.size() + 1, 0.0);
+  for (size_t k = singular_values.size(); k-- > 0;) {
+    tails[k] = tails[k + 1] + singular_values[k] * singular_values[k];
+  }
+  return tails;
+}
+
+double Share(double part, double whole) { return whole > 0 ? part / whole : 0; }
+
+LinearCost CostOf(const LinearSpec& spec, const LayerSettings& settings, FormAndRank choice) {
+  return CostOfLinear(spec.out, spec.in, spec.has_bias, settings.dense, choice.form, choice.rank);
+}
+
+absl::Status AddResidual(const LinearSpec& spec, std::span<const float> weights,
+                         std::span<const double> moment, const LayerSettings& settings,
+                         double energy, LayerParts* parts) {
+  std::vector<float> left_out = DequantiseCoarse(*parts->planes);
+  for (size_t i = 0; i < left_out.size(); ++i) left_out[i] = weights[i] - left_out[i];
+  NESTOR_ASSIGN_OR_RETURN(
+      const Decomposition decomposition,
+      Decompose(left_out, spec.out, spec.in, moment, settings.max_residual_rank));
+  const std::vector<double> tails = TailEnergies(decomposition.singular_values);
+  const int64_t dense_bytes = CostOf(spec, settings, {}).weight_bytes;
+  parts->residual_options.push_back({.choice = {}, .cost = dense_bytes, .error = 0});
+  for (int64_t rank = 0; rank <= decomposition.rank; rank += kResidualRankStep) {
+    const FormAndRank choice = {Form::kResidual, rank};
+    const int64_t bytes = CostOf(spec, settings, choice).weight_bytes;
+    if (bytes >= dense_bytes) break;
+    parts->residual_options.push_back({.choice = choice,
+                                       .cost = bytes,
+                                       .error = Share(tails[static_cast<size_t>(rank)], energy)});
+  }
+  parts->residual = QuantisePair(decomposition, spec);
+  return absl::OkStatus();
+}
+
+absl::Status AddPrefix(const LinearSpec& spec, std::span<const float> weights,
+                       std::span<const double> moment, const LayerSettings& settings, double energy,
+                       LayerParts* parts) {
+  parts->prefix_options.push_back(
+      {.choice = {}, .cost = CostOf(spec, settings, {}).flops, .error = 0});
+  const std::vector<int64_t> ranks = PrefixRanks(spec.out, spec.in);
+  if (ranks.empty()) return absl::OkStatus();
+  NESTOR_ASSIGN_OR_RETURN(const Decomposition decomposition,
+                          Decompose(weights, spec.out, spec.in, moment, ranks.back()));
+  const std::vector<double> tails = TailEnergies(decomposition.singular_values);
+  for (const int64_t rank : ranks) {
+    const FormAndRank choice = {Form::kPrefix, rank};
+    parts->prefix_options.push_back({.choice = choice,
+                                     .cost = CostOf(spec, settings, choice).flops,
+                                     .error = Share(tails[static_cast<size_t>(rank)], energy)});
+  }
+  parts->prefix = QuantisePair(decomposition, spec);
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+std::vector<int64_t> PrefixRanks(int64_t out, int64_t in) {
+  const int64_t largest = (out * in - 1) / (out + in);  // r (m + n) < m n
+  const int64_t step = std::min(kPrefixRankStep, std::max<int64_t>(1, largest / kLeastPrefixSteps));
+  std::vector<int64_t> ranks;
+  for (int64_t rank = step; rank <= largest; rank += step) ranks.push_back(rank);
+  return ranks;
+}
+
+absl::StatusOr<LayerParts> CompressLayer(const LinearSpec& spec, std::span<const float> weights,
+                                         std::span<const double> moment,
+                                         const LayerSettings& settings) {
+  LayerParts parts;
+  if (settings.dense == DenseStorage::kBf16) {
+    std::transform(weights.begin(), weights.end(), std::back_inserter(parts.dense_bf16),
+                   Bfloat16FromFloat);
+  }
+  if (settings.dense == DenseStorage::kPlanes || settings.has_residual_ladder) {
+    std::vector<float> energies;
+    for (int64_t j = 0; j < spec.in; ++j) {
+      energies.push_back(static_cast<float>(moment[static_cast<size_t>(j * spec.in + j)]));
+    }
+    parts.planes = QuantisePlanes(weights, spec.out, spec.in, energies);
+  }
+  const double energy = OutputEnergy(weights, spec.out, spec.in, moment);
+  if (settings.has_residual_ladder) {
+    NESTOR_RETURN_IF_ERROR(AddResidual(spec, weights, moment, settings, energy, &parts));
+  }
+  if (settings.has_prefix_ladder) {
+    NESTOR_RETURN_IF_ERROR(AddPrefix(spec, weights, moment, settings, energy, &parts));
+  }
+  return parts;
+}
+
+}  // namespace nestor

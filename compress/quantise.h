@@ -1,0 +1,51 @@
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+namespace nestor {
+
+// Codes as docs/artifact_format.md defines them. Every function is pure.
+
+// One weight matrix split into two 4-bit planes: w = s (16 hi + lo), q = 16 hi + lo.
+struct Planes {
+  int64_t out = 0;
+  int64_t in = 0;
+  std::vector<uint8_t> coarse;   // [out, PaddedToGroup(in) / 2], hi + 8
+  std::vector<uint8_t> fine;     // [out, PaddedToGroup(in) / 2], lo + 8
+  std::vector<uint16_t> scales;  // bf16 [out, NumGroups(in)]
+};
+
+// hi and lo of a code q in [-119, 119].
+struct SplitCode {
+  int hi = 0;  // floor((q + 8) / 16), in [-7, 7]
+  int lo = 0;  // q - 16 hi, in [-8, 7]
+};
+SplitCode Split(int code);
+
+// Quantises `weights` [out, in] in groups of 32 inputs. A group's scale is bf16(absmax / 119).
+// With `input_energies` [in] (E[x_j^2], the diagonal of the second moment) it is the largest-error
+// saver among absmax / {119, 117, ..., 103}: the one whose coarse plane alone has the smallest
+// error weighted by them; the extreme then may fall on a coarse step, for a full code that is at
+// most an eighth coarser.
+// REQUIRES: weights are finite.
+Planes QuantisePlanes(std::span<const float> weights, int64_t out, int64_t in,
+                      std::span<const float> input_energies = {});
+
+// out[i, j] = 16 s hi, or s (16 hi + lo). [out, in] without padding.
+std::vector<float> DequantiseCoarse(const Planes& planes);
+std::vector<float> DequantiseDense(const Planes& planes);
+
+// `rank` rows of `size` values as int8 in groups of 32, scale bf16(absmax / 127).
+struct FactorCodes {
+  int64_t rank = 0;
+  int64_t size = 0;
+  std::vector<int8_t> codes;     // [rank, PaddedToGroup(size)], padding is 0
+  std::vector<uint16_t> scales;  // bf16 [rank, NumGroups(size)]
+};
+
+FactorCodes QuantiseFactor(std::span<const float> values, int64_t rank, int64_t size);
+std::vector<float> DequantiseFactor(const FactorCodes& factor);  // [rank, size]
+
+}  // namespace nestor

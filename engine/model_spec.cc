@@ -1,0 +1,309 @@
+#include "engine/model_spec.h"
+
+#include <algorithm>
+#include <filesystem>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_replace.h"
+#include "base/file.h"
+#include "base/status_macros.h"
+#include "nlohmann/json.hpp"
+
+namespace nestor {
+namespace {
+
+using Json = nlohmann::json;
+
+// A JSON file whose keys are read with messages that name the file and the key.
+class ConfigFile {
+ public:
+  static absl::StatusOr<ConfigFile> Open(const std::string& path) {
+    NESTOR_ASSIGN_OR_RETURN(const std::string text, ReadFile(path));
+    ConfigFile file;
+    file.path_ = path;
+    file.json_ = Json::parse(text, nullptr, /*allow_exceptions=*/false);
+    if (file.json_.is_discarded()) {
+      return absl::InvalidArgumentError(absl::StrCat(path, ": no valid JSON"));
+    }
+    return file;
+  }
+
+  const Json& json() const { return json_; }
+
+  bool Has(const char* key) const {
+    return json_.is_object() && json_.contains(key) && !json_[key].is_null();
+  }
+
+  absl::StatusOr<int64_t> Count(const char* key) const {
+    constexpr int64_t kLargest = int64_t{1} << 32;
+    if (!Has(key) || !json_[key].is_number_integer() || json_[key].get<int64_t>() <= 0 ||
+        json_[key].get<int64_t>() > kLargest) {
+      return Error(key, "expected a positive integer");
+    }
+    return json_[key].get<int64_t>();
+  }
+  absl::StatusOr<int64_t> CountOr(const char* key, int64_t fallback) const {
+    return Has(key) ? Count(key) : fallback;
+  }
+
+  absl::StatusOr<double> Positive(const char* key) const {
+    if (!Has(key) || !json_[key].is_number() || !(json_[key].get<double>() > 0)) {
+      return Error(key, "expected a positive number");
+    }
+    return json_[key].get<double>();
+  }
+
+  absl::StatusOr<bool> BoolOr(const char* key, bool fallback) const {
+    if (!Has(key)) return fallback;
+    if (!json_[key].is_boolean()) return Error(key, "expected true or false");
+    return json_[key].get<bool>();
+  }
+
+  absl::StatusOr<std::string> StringOr(const char* key, const std::string& fallback) const {
+    if (!Has(key)) return fallback;
+    if (!json_[key].is_string()) return Error(key, "expected a string");
+    return json_[key].get<std::string>();
+  }
+
+  absl::Status Error(const char* key, const std::string& expected) const {
+    return absl::InvalidArgumentError(absl::StrCat(path_, ": ", key, ": ", expected, "; was ",
+                                                   Has(key) ? json_[key].dump() : "absent"));
+  }
+  absl::Status NotSupported(const char* key, const std::string& supported) const {
+    return absl::UnimplementedError(absl::StrCat(path_, ": ", key, ": ", json_[key].dump(),
+                                                 " is not supported (supported: ", supported, ")"));
+  }
+
+ private:
+  std::string path_;
+  Json json_;
+};
+
+absl::StatusOr<ActivationKind> ReadActivation(const ConfigFile& config) {
+  NESTOR_ASSIGN_OR_RETURN(const std::string name, config.StringOr("hidden_act", ""));
+  if (name == "silu" || name == "swish") return ActivationKind::kSilu;
+  if (name == "gelu") return ActivationKind::kGeluErf;
+  if (name == "gelu_new" || name == "gelu_pytorch_tanh") return ActivationKind::kGeluTanh;
+  if (name.empty()) return config.Error("hidden_act", "expected a string");
+  return config.NotSupported("hidden_act", "silu, gelu, gelu_new, gelu_pytorch_tanh");
+}
+
+// transformers 4 writes rope_theta and rope_scaling, 5 writes rope_parameters.
+absl::StatusOr<double> ReadRopeTheta(const ConfigFile& config) {
+  const char* key = config.Has("rope_parameters") ? "rope_parameters" : "rope_scaling";
+  double theta = 10000;
+  if (config.Has("rope_theta")) {
+    NESTOR_ASSIGN_OR_RETURN(theta, config.Positive("rope_theta"));
+  }
+  if (!config.Has(key)) return theta;
+  const Json& rope = config.json()[key];
+  if (!rope.is_object()) return config.Error(key, "expected an object");
+  const Json type = rope.contains("rope_type") ? rope["rope_type"] : rope.value("type", Json());
+  if (!type.is_null() && type != "default") return config.NotSupported(key, "rope_type default");
+  if (rope.contains("rope_theta")) {
+    if (!rope["rope_theta"].is_number() || !(rope["rope_theta"].get<double>() > 0)) {
+      return config.Error(key, "expected a positive rope_theta");
+    }
+    theta = rope["rope_theta"].get<double>();
+  }
+  return theta;
+}
+
+absl::Status CheckHeads(const ConfigFile& config, const ModelSpec& spec) {
+  if (spec.num_heads % spec.num_kv_heads != 0) {
+    return config.Error(
+        "num_key_value_heads",
+        absl::StrCat("expected a divisor of num_attention_heads (", spec.num_heads, ")"));
+  }
+  if (spec.head_dim % 2 != 0) return config.Error("head_dim", "expected an even number");
+  return absl::OkStatus();
+}
+
+absl::Status ReadShape(const ConfigFile& config, ModelSpec* spec) {
+  NESTOR_ASSIGN_OR_RETURN(spec->num_blocks, config.Count("num_hidden_layers"));
+  NESTOR_ASSIGN_OR_RETURN(spec->hidden, config.Count("hidden_size"));
+  NESTOR_ASSIGN_OR_RETURN(spec->num_heads, config.Count("num_attention_heads"));
+  NESTOR_ASSIGN_OR_RETURN(spec->num_kv_heads,
+                          config.CountOr("num_key_value_heads", spec->num_heads));
+  if (!config.Has("head_dim") && spec->hidden % spec->num_heads != 0) {
+    return config.Error("num_attention_heads",
+                        absl::StrCat("expected a divisor of hidden_size (", spec->hidden, ")"));
+  }
+  NESTOR_ASSIGN_OR_RETURN(spec->head_dim,
+                          config.CountOr("head_dim", spec->hidden / spec->num_heads));
+  NESTOR_ASSIGN_OR_RETURN(spec->mlp_size, config.Count("intermediate_size"));
+  NESTOR_ASSIGN_OR_RETURN(spec->vocabulary, config.Count("vocab_size"));
+  NESTOR_ASSIGN_OR_RETURN(spec->context_length, config.Count("max_position_embeddings"));
+  NESTOR_ASSIGN_OR_RETURN(spec->activation, ReadActivation(config));
+  return CheckHeads(config, *spec);
+}
+
+absl::StatusOr<ModelSpec> ReadLlama(const ConfigFile& config) {
+  ModelSpec spec;
+  NESTOR_RETURN_IF_ERROR(ReadShape(config, &spec));
+  spec.norm = NormKind::kRms;
+  NESTOR_ASSIGN_OR_RETURN(const double epsilon, config.Positive("rms_norm_eps"));
+  spec.norm_epsilon = static_cast<float>(epsilon);
+  NESTOR_ASSIGN_OR_RETURN(spec.rope_theta, ReadRopeTheta(config));
+  NESTOR_ASSIGN_OR_RETURN(spec.tied_head, config.BoolOr("tie_word_embeddings", false));
+  NESTOR_ASSIGN_OR_RETURN(spec.has_attention_bias, config.BoolOr("attention_bias", false));
+  NESTOR_ASSIGN_OR_RETURN(spec.has_mlp_bias, config.BoolOr("mlp_bias", false));
+  spec.embeddings.token = "model.embed_tokens.weight";
+  spec.head = spec.tied_head ? "model.embed_tokens" : "lm_head";
+  spec.final_norm = "model.norm";
+  spec.names = {.query = "model.layers.{}.self_attn.q_proj",
+                .key = "model.layers.{}.self_attn.k_proj",
+                .value = "model.layers.{}.self_attn.v_proj",
+                .attention_out = "model.layers.{}.self_attn.o_proj",
+                .gate = "model.layers.{}.mlp.gate_proj",
+                .up = "model.layers.{}.mlp.up_proj",
+                .down = "model.layers.{}.mlp.down_proj",
+                .attention_norm = "model.layers.{}.input_layernorm",
+                .mlp_norm = "model.layers.{}.post_attention_layernorm"};
+  return spec;
+}
+
+absl::StatusOr<ModelSpec> ReadBert(const ConfigFile& config) {
+  ModelSpec spec;
+  NESTOR_RETURN_IF_ERROR(ReadShape(config, &spec));
+  NESTOR_ASSIGN_OR_RETURN(const std::string positions,
+                          config.StringOr("position_embedding_type", "absolute"));
+  if (positions != "absolute") return config.NotSupported("position_embedding_type", "absolute");
+  spec.norm = NormKind::kLayerNorm;
+  NESTOR_ASSIGN_OR_RETURN(const double epsilon, config.Positive("layer_norm_eps"));
+  spec.norm_epsilon = static_cast<float>(epsilon);
+  spec.norms_after = true;
+  spec.causal = false;
+  spec.has_attention_bias = true;
+  spec.has_mlp_bias = true;
+  spec.embeddings = {.token = "embeddings.word_embeddings.weight",
+                     .position = "embeddings.position_embeddings.weight",
+                     .type = "embeddings.token_type_embeddings.weight",
+                     .norm = "embeddings.LayerNorm"};
+  spec.names = {.query = "encoder.layer.{}.attention.self.query",
+                .key = "encoder.layer.{}.attention.self.key",
+                .value = "encoder.layer.{}.attention.self.value",
+                .attention_out = "encoder.layer.{}.attention.output.dense",
+                .gate = "",
+                .up = "encoder.layer.{}.intermediate.dense",
+                .down = "encoder.layer.{}.output.dense",
+                .attention_norm = "encoder.layer.{}.attention.output.LayerNorm",
+                .mlp_norm = "encoder.layer.{}.output.LayerNorm"};
+  return spec;
+}
+
+// modules.json lists the stages behind the transformer; without it an encoder is pooled by mean
+// and normalised, as sentence-transformers does with a bare checkpoint.
+absl::Status ReadPooling(const std::string& directory, ModelSpec* spec) {
+  const std::string modules_path = directory + "/modules.json";
+  if (std::filesystem::exists(modules_path)) {
+    NESTOR_ASSIGN_OR_RETURN(const ConfigFile modules, ConfigFile::Open(modules_path));
+    spec->normalises_embedding = modules.json().dump().find("Normalize") != std::string::npos;
+  }
+  const std::string pooling_path = directory + "/1_Pooling/config.json";
+  if (std::filesystem::exists(pooling_path)) {
+    NESTOR_ASSIGN_OR_RETURN(const ConfigFile pooling, ConfigFile::Open(pooling_path));
+    NESTOR_ASSIGN_OR_RETURN(const bool mean, pooling.BoolOr("pooling_mode_mean_tokens", false));
+    NESTOR_ASSIGN_OR_RETURN(const bool cls, pooling.BoolOr("pooling_mode_cls_token", false));
+    if (mean == cls) {
+      return absl::UnimplementedError(absl::StrCat(
+          pooling_path,
+          ": expected exactly one of pooling_mode_mean_tokens and pooling_mode_cls_token"));
+    }
+    spec->pooling = mean ? PoolingKind::kMean : PoolingKind::kCls;
+  }
+  const std::string sentence_path = directory + "/sentence_bert_config.json";
+  if (std::filesystem::exists(sentence_path)) {
+    NESTOR_ASSIGN_OR_RETURN(const ConfigFile sentence, ConfigFile::Open(sentence_path));
+    NESTOR_ASSIGN_OR_RETURN(const int64_t length,
+                            sentence.CountOr("max_seq_length", spec->context_length));
+    spec->context_length = std::min(spec->context_length, length);
+  }
+  return absl::OkStatus();
+}
+
+absl::Status AddEndTokens(const ConfigFile& config, ModelSpec* spec) {
+  if (!config.Has("eos_token_id")) return absl::OkStatus();
+  const Json& ids = config.json()["eos_token_id"];
+  for (const Json& id : ids.is_array() ? ids : Json::array({ids})) {
+    if (!id.is_number_unsigned() || id.get<int64_t>() >= spec->vocabulary) {
+      return config.Error("eos_token_id", "expected token ids of the vocabulary");
+    }
+    spec->end_tokens.push_back(id.get<int32_t>());
+  }
+  return absl::OkStatus();
+}
+
+// generation_config.json goes before config.json, as in transformers.
+absl::Status ReadEndTokens(const std::string& directory, const ConfigFile& config,
+                           ModelSpec* spec) {
+  const std::string path = directory + "/generation_config.json";
+  if (std::filesystem::exists(path)) {
+    NESTOR_ASSIGN_OR_RETURN(const ConfigFile generation, ConfigFile::Open(path));
+    NESTOR_RETURN_IF_ERROR(AddEndTokens(generation, spec));
+    if (!spec->end_tokens.empty()) return absl::OkStatus();
+  }
+  return AddEndTokens(config, spec);
+}
+
+}  // namespace
+
+absl::StatusOr<ModelSpec> ReadModelSpec(const std::string& directory) {
+  NESTOR_ASSIGN_OR_RETURN(const ConfigFile config, ConfigFile::Open(directory + "/config.json"));
+  if (!config.Has("architectures") || !config.json()["architectures"].is_array() ||
+      config.json()["architectures"].size() != 1 ||
+      !config.json()["architectures"][0].is_string()) {
+    return config.Error("architectures", "expected a list of one name");
+  }
+  const std::string architecture = config.json()["architectures"][0];
+  ModelSpec spec;
+  if (architecture == "LlamaForCausalLM") {
+    NESTOR_ASSIGN_OR_RETURN(spec, ReadLlama(config));
+    NESTOR_RETURN_IF_ERROR(ReadEndTokens(directory, config, &spec));
+  } else if (architecture == "BertModel") {
+    NESTOR_ASSIGN_OR_RETURN(spec, ReadBert(config));
+    NESTOR_RETURN_IF_ERROR(ReadPooling(directory, &spec));
+  } else {
+    return config.NotSupported("architectures", "LlamaForCausalLM, BertModel");
+  }
+  spec.architecture = architecture;
+  return spec;
+}
+
+std::string NameInBlock(const std::string& pattern, int64_t block) {
+  return absl::StrReplaceAll(pattern, {{"{}", absl::StrCat(block)}});
+}
+
+std::vector<LinearSpec> LayersOf(const ModelSpec& spec) {
+  std::vector<LinearSpec> layers;
+  const int64_t query_size = spec.num_heads * spec.head_dim;
+  const int64_t key_size = spec.num_kv_heads * spec.head_dim;
+  for (int32_t block = 0; block < spec.num_blocks; ++block) {
+    const auto add = [&](const std::string& pattern, LinearRole role, int64_t out, int64_t in,
+                         bool has_bias) {
+      layers.push_back({NameInBlock(pattern, block), role, block, out, in, has_bias});
+    };
+    const BlockNames& names = spec.names;
+    add(names.query, LinearRole::kQuery, query_size, spec.hidden, spec.has_attention_bias);
+    add(names.key, LinearRole::kKey, key_size, spec.hidden, spec.has_attention_bias);
+    add(names.value, LinearRole::kValue, key_size, spec.hidden, spec.has_attention_bias);
+    add(names.attention_out, LinearRole::kAttentionOut, spec.hidden, query_size,
+        spec.has_attention_bias);
+    if (!names.gate.empty()) {
+      add(names.gate, LinearRole::kGate, spec.mlp_size, spec.hidden, spec.has_mlp_bias);
+    }
+    add(names.up, LinearRole::kUp, spec.mlp_size, spec.hidden, spec.has_mlp_bias);
+    add(names.down, LinearRole::kDown, spec.hidden, spec.mlp_size, spec.has_mlp_bias);
+  }
+  if (!spec.is_encoder()) {
+    layers.push_back({spec.head, LinearRole::kHead, -1, spec.vocabulary, spec.hidden, false});
+  }
+  return layers;
+}
+
+int64_t AttentionFlops(const ModelSpec& spec, int64_t context) {
+  return spec.num_blocks * 2 * 2 * context * spec.num_heads * spec.head_dim;
+}
+
+}  // namespace nestor

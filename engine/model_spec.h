@@ -1,0 +1,90 @@
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "kernels/backend.h"
+
+namespace nestor {
+
+// Where a linear layer stands in a block; the order is that of LayersOf.
+enum class LinearRole : uint8_t { kQuery, kKey, kValue, kAttentionOut, kGate, kUp, kDown, kHead };
+
+struct LinearSpec {
+  std::string name;  // the checkpoint's tensor name without ".weight"
+  LinearRole role = LinearRole::kHead;
+  int32_t block = -1;  // -1: the head
+  int64_t out = 0;
+  int64_t in = 0;
+  bool has_bias = false;
+};
+
+struct EmbeddingNames {
+  // Full tensor names.
+  std::string token;
+  std::string position;  // empty: none
+  std::string type;      // empty: none
+  std::string norm;      // without ".weight"; empty: none
+};
+
+// Names of a block's tensors without ".weight" and ".bias"; "{}" stands for the block's number.
+struct BlockNames {
+  std::string query, key, value, attention_out, gate, up, down;  // gate empty: not gated
+  std::string attention_norm, mlp_norm;
+};
+
+// A transformer described by data: what config.json says, in the engine's own terms. New
+// architectures are new ways to fill this in (model_spec.cc), not new classes.
+struct ModelSpec {
+  std::string architecture;  // "LlamaForCausalLM", "BertModel"
+  int64_t num_blocks = 0;
+  int64_t hidden = 0;
+  int64_t num_heads = 0;
+  int64_t num_kv_heads = 0;
+  int64_t head_dim = 0;
+  int64_t mlp_size = 0;
+  int64_t vocabulary = 0;
+  int64_t context_length = 0;  // positions the model can address
+
+  NormKind norm = NormKind::kRms;
+  float norm_epsilon = 0;
+  bool norms_after = false;  // post-LayerNorm (BERT): norm(x + f(x)), no final norm
+  ActivationKind activation = ActivationKind::kSilu;
+  bool causal = true;  // false: an encoder, which has no KV cache and no head
+  bool has_attention_bias = false;
+  bool has_mlp_bias = false;
+  double rope_theta = 0;  // 0: learned positions
+  bool tied_head = false;
+  std::string final_norm;  // without ".weight", like the blocks' norms; empty: none
+  std::string head;        // without ".weight"; a tied head is named like the token embedding
+  EmbeddingNames embeddings;
+  BlockNames names;
+
+  // Encoders, from sentence-transformers' files beside the checkpoint.
+  PoolingKind pooling = PoolingKind::kMean;
+  bool normalises_embedding = true;
+
+  std::vector<int32_t> end_tokens;  // generation stops at any of them
+
+  bool is_encoder() const { return !causal; }
+};
+
+// Reads config.json (as transformers 4 and 5 write it), generation_config.json and the pooling
+// files of a Hugging Face directory. INVALID_ARGUMENT names the file, the key and the value;
+// UNIMPLEMENTED an architecture or a variant that is not supported.
+absl::StatusOr<ModelSpec> ReadModelSpec(const std::string& directory);
+
+// Every linear layer in the order in which profiles list them: block by block, by role, then the
+// head.
+std::vector<LinearSpec> LayersOf(const ModelSpec& spec);
+
+// The tensor name of a block: "{}" replaced by `block`.
+std::string NameInBlock(const std::string& pattern, int64_t block);
+
+// FLOPs of attention for one token at `context` positions: q k^T and the weighted sum of v.
+int64_t AttentionFlops(const ModelSpec& spec, int64_t context);
+
+}  // namespace nestor

@@ -1,0 +1,457 @@
+#include "engine/nested_model.h"
+
+#include <cmath>
+#include <filesystem>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "base/checksum.h"
+#include "base/file.h"
+#include "base/status_macros.h"
+
+namespace nestor {
+namespace {
+
+using Json = nlohmann::json;
+
+constexpr int64_t kAttentionContext = 128;  // positions, by the definition of relative_flops
+constexpr int kFormatVersion = 1;
+constexpr const char* kLadders[] = {"residual", "prefix"};
+
+std::string DescriptionPath(const std::string& directory) { return directory + "/nested.json"; }
+
+absl::Status DescriptionError(const std::string& directory, const std::string& what) {
+  return absl::InvalidArgumentError(absl::StrCat(DescriptionPath(directory), ": ", what));
+}
+
+std::optional<Form> FormNamed(const std::string& name) {
+  for (const Form form : {Form::kDense, Form::kResidual, Form::kPrefix}) {
+    if (name == NameOf(form)) return form;
+  }
+  return std::nullopt;
+}
+
+std::optional<double> OptionalNumber(const Json& json, const char* key) {
+  if (!json.contains(key) || !json[key].is_number()) return std::nullopt;
+  return json[key].get<double>();
+}
+
+Json NumberOrNull(const std::optional<double>& value) {
+  return value.has_value() ? Json(*value) : Json();
+}
+
+LevelMetrics MetricsFromJson(const Json& json) {
+  LevelMetrics metrics;
+  metrics.quality = OptionalNumber(json, "quality").value_or(1);
+  metrics.quality_vs_source = OptionalNumber(json, "quality_vs_source");
+  metrics.perplexity = OptionalNumber(json, "perplexity");
+  metrics.spearman = OptionalNumber(json, "spearman");
+  metrics.standard_error = OptionalNumber(json, "standard_error");
+  return metrics;
+}
+
+// The level that `json` describes, without its costs. The error says what is wrong, without the
+// file and the level.
+absl::StatusOr<Level> LevelFromJson(const Json& json) {
+  if (!json.is_object()) return absl::InvalidArgumentError("expected an object");
+  Level level;
+  if (!json.contains("ladder") || !json["ladder"].is_string()) {
+    return absl::InvalidArgumentError("ladder: expected a string");
+  }
+  level.ladder = json["ladder"];
+  for (const char* key : {"forms", "ranks"}) {
+    if (!json.contains(key) || !json[key].is_array()) {
+      return absl::InvalidArgumentError(absl::StrCat(key, ": expected a list"));
+    }
+  }
+  const Json& forms = json["forms"];
+  const Json& ranks = json["ranks"];
+  if (forms.size() != ranks.size()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("ranks: ", ranks.size(), " entries for ", forms.size(), " forms"));
+  }
+  for (size_t i = 0; i < forms.size(); ++i) {
+    const std::optional<Form> form =
+        forms[i].is_string() ? FormNamed(forms[i].get<std::string>()) : std::nullopt;
+    if (!form.has_value()) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("forms[", i, "]: ", forms[i].dump(), ", expected dense, residual, prefix"));
+    }
+    if (!ranks[i].is_number_integer() || ranks[i].get<int64_t>() < 0) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("ranks[", i, "]: ", ranks[i].dump(), ", expected a count"));
+    }
+    level.profile.push_back({*form, ranks[i].get<int64_t>()});
+  }
+  if (json.contains("metrics") && json["metrics"].is_object()) {
+    level.metrics = MetricsFromJson(json["metrics"]);
+  }
+  return level;
+}
+
+bool IsAligned(const TensorView& view) {
+  return reinterpret_cast<uintptr_t>(view.bytes.data()) %
+             static_cast<uintptr_t>(BytesOf(view.dtype)) ==
+         0;
+}
+
+absl::StatusOr<TensorView> TypedTensor(const TensorFile& tensors, const std::string& name,
+                                       DType dtype, const std::vector<int64_t>& shape) {
+  NESTOR_ASSIGN_OR_RETURN(const TensorView view, tensors.Get(name, shape));
+  if (view.dtype != dtype || !IsAligned(view)) {
+    return absl::InvalidArgumentError(absl::StrCat(view.path, ": tensor ", name, ": type ",
+                                                   NameOf(view.dtype), ", expected aligned ",
+                                                   NameOf(dtype)));
+  }
+  return view;
+}
+
+template <typename Element>
+const Element* Pointer(const TensorView& view) {
+  return reinterpret_cast<const Element*>(view.bytes.data());
+}
+
+}  // namespace
+
+const char* NameOf(Form form) {
+  switch (form) {
+    case Form::kDense:
+      return "dense";
+    case Form::kResidual:
+      return "residual";
+    case Form::kPrefix:
+      return "prefix";
+  }
+  return "unknown";
+}
+
+LinearCost CostOfProfile(const ModelSpec& spec, const std::vector<LinearSpec>& layers,
+                         const Profile& profile, DenseStorage dense) {
+  LinearCost cost;
+  for (size_t i = 0; i < layers.size(); ++i) {
+    cost += CostOfLinear(layers[i].out, layers[i].in, layers[i].has_bias, dense, profile[i].form,
+                         profile[i].rank);
+  }
+  cost.flops += AttentionFlops(spec, kAttentionContext);
+  return cost;
+}
+
+nlohmann::json LevelsToJson(const std::vector<Level>& levels) {
+  Json list = Json::array();
+  for (const Level& level : levels) {
+    Json forms = Json::array();
+    Json ranks = Json::array();
+    for (const FormAndRank& layer : level.profile) {
+      forms.push_back(NameOf(layer.form));
+      ranks.push_back(layer.rank);
+    }
+    list.push_back({{"ladder", level.ladder},
+                    {"forms", forms},
+                    {"ranks", ranks},
+                    {"weight_bytes", level.cost.weight_bytes},
+                    {"flops", level.cost.flops},
+                    {"relative_cost", level.relative_cost},
+                    {"relative_flops", level.relative_flops},
+                    {"metrics",
+                     {{"quality", level.metrics.quality},
+                      {"quality_vs_source", NumberOrNull(level.metrics.quality_vs_source)},
+                      {"perplexity", NumberOrNull(level.metrics.perplexity)},
+                      {"spearman", NumberOrNull(level.metrics.spearman)},
+                      {"standard_error", NumberOrNull(level.metrics.standard_error)}}}});
+  }
+  return list;
+}
+
+absl::StatusOr<std::unique_ptr<NestedModel>> NestedModel::Open(const std::string& directory) {
+  std::error_code error;
+  if (!std::filesystem::is_directory(directory, error)) {
+    return absl::NotFoundError(absl::StrCat(directory, ": no such directory"));
+  }
+  std::unique_ptr<NestedModel> model(new NestedModel);
+  model->directory_ = directory;
+  NESTOR_ASSIGN_OR_RETURN(model->spec_, ReadModelSpec(directory));
+  model->layers_ = LayersOf(model->spec_);
+  model->is_artifact_ = std::filesystem::exists(DescriptionPath(directory));
+  NESTOR_RETURN_IF_ERROR(model->is_artifact_ ? model->ReadArtifact() : model->ReadCheckpoint());
+  return model;
+}
+
+absl::Status NestedModel::ReadCheckpoint() {
+  NESTOR_ASSIGN_OR_RETURN(tensors_, TensorFile::OpenCheckpoint(directory_));
+  bool is_all_bf16 = true;
+  for (const LinearSpec& layer : layers_) {
+    const std::string name = layer.name + ".weight";
+    NESTOR_ASSIGN_OR_RETURN(const TensorView view, tensors_->Get(name, {layer.out, layer.in}));
+    is_all_bf16 = is_all_bf16 && view.dtype == DType::kBf16 && IsAligned(view);
+  }
+  dtype_ = is_all_bf16 ? "bf16" : "fp32";
+  dense_storage_ = is_all_bf16 ? DenseStorage::kBf16 : DenseStorage::kF32;
+  residual_ranks_.assign(layers_.size(), 0);
+  prefix_ranks_.assign(layers_.size(), 0);
+  return SetLevels({Level{.ladder = "full", .profile = Profile(layers_.size())}});
+}
+
+absl::Status NestedModel::ReadArtifact() {
+  NESTOR_ASSIGN_OR_RETURN(const std::string text, ReadFile(DescriptionPath(directory_)));
+  description_ = Json::parse(text, nullptr, /*allow_exceptions=*/false);
+  if (!description_.is_object()) return DescriptionError(directory_, "expected a JSON object");
+  NESTOR_RETURN_IF_ERROR(ReadStorage());
+  NESTOR_RETURN_IF_ERROR(ReadStoredRanks());
+  NESTOR_ASSIGN_OR_RETURN(tensors_, TensorFile::Open({directory_ + "/nested.safetensors"}));
+  NESTOR_RETURN_IF_ERROR(VerifyTensors());
+  return ReadLevels();
+}
+
+// What kind of artifact it is, and how its dense form is stored.
+absl::Status NestedModel::ReadStorage() {
+  const auto expect = [&](const char* key, const Json& expected) {
+    const Json value = description_.value(key, Json());
+    if (value == expected) return absl::OkStatus();
+    return DescriptionError(directory_,
+                            absl::StrCat(key, ": ", value.dump(), ", expected ", expected.dump()));
+  };
+  NESTOR_RETURN_IF_ERROR(expect("format", "nestor-nested"));
+  NESTOR_RETURN_IF_ERROR(expect("version", kFormatVersion));
+  NESTOR_RETURN_IF_ERROR(expect("group_size", kGroupSize));
+  const Json dtype = description_.value("dtype", Json());
+  if (dtype != "int8" && dtype != "bf16") {
+    return DescriptionError(directory_,
+                            absl::StrCat("dtype: ", dtype.dump(), ", expected int8 or bf16"));
+  }
+  dtype_ = dtype;
+  dense_storage_ = dtype_ == "int8" ? DenseStorage::kPlanes : DenseStorage::kBf16;
+  const Json planes = description_.value("planes", Json());
+  const bool is_known = dtype_ == "int8" ? planes == Json({4, 4})
+                                         : planes == Json::array({4}) || planes == Json::array();
+  if (!is_known) {
+    return DescriptionError(directory_, absl::StrCat("planes: ", planes.dump(),
+                                                     " is not supported with dtype ", dtype_));
+  }
+  has_coarse_plane_ = !planes.empty();
+  return absl::OkStatus();
+}
+
+absl::Status NestedModel::ReadStoredRanks() {
+  const Json layers = description_.value("layers", Json());
+  if (!layers.is_array() || layers.size() != layers_.size()) {
+    return DescriptionError(directory_,
+                            absl::StrCat("layers: expected ", layers_.size(), " entries"));
+  }
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    const Json& layer = layers[i];
+    const LinearSpec& expected = layers_[i];
+    if (!layer.is_object() || layer.value("name", Json()) != expected.name ||
+        layer.value("out", Json()) != expected.out || layer.value("in", Json()) != expected.in) {
+      return DescriptionError(directory_, absl::StrCat("layers[", i, "]: expected ", expected.name,
+                                                       " [", expected.out, ", ", expected.in, "]"));
+    }
+    for (const auto& [key, ranks] :
+         {std::pair("residual_rank", &residual_ranks_), std::pair("prefix_rank", &prefix_ranks_)}) {
+      const Json rank = layer.value(key, Json());
+      if (!rank.is_number_unsigned()) {
+        return DescriptionError(directory_,
+                                absl::StrCat("layers[", i, "].", key, ": expected a count"));
+      }
+      ranks->push_back(rank.get<int64_t>());
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status NestedModel::ReadLevels() {
+  // An artifact that is being written has its parts before its levels.
+  if (!description_.contains("levels")) {
+    return SetLevels({Level{.ladder = "full", .profile = Profile(layers_.size())}});
+  }
+  std::vector<Level> levels;
+  const Json& stored = description_["levels"];
+  if (!stored.is_array() || stored.empty()) {
+    return DescriptionError(directory_, "levels: expected a list that is not empty");
+  }
+  for (size_t i = 0; i < stored.size(); ++i) {
+    absl::StatusOr<Level> level = LevelFromJson(stored[i]);
+    if (!level.ok()) {
+      return DescriptionError(directory_,
+                              absl::StrCat("levels[", i, "]: ", level.status().message()));
+    }
+    levels.push_back(*std::move(level));
+  }
+  NESTOR_RETURN_IF_ERROR(SetLevels(std::move(levels)));
+  for (size_t i = 0; i < levels_.size(); ++i) {
+    for (const auto& [key, value] : {std::pair("weight_bytes", levels_[i].cost.weight_bytes),
+                                     std::pair("flops", levels_[i].cost.flops)}) {
+      const Json stated = stored[i].value(key, Json());
+      if (stated != value) {
+        return DescriptionError(directory_,
+                                absl::StrCat("levels[", i, "].", key, ": ", stated.dump(),
+                                             ", but its profile costs ", value));
+      }
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status NestedModel::VerifyTensors() const {
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    std::vector<float> scratch;
+    NESTOR_RETURN_IF_ERROR(Weights(i, &scratch).status());
+  }
+  const Json checksums = description_.value("checksums", Json());
+  for (const auto& [name, view] : tensors_->tensors()) {
+    if (!checksums.is_object() || !checksums.contains(name)) {
+      return DescriptionError(directory_, absl::StrCat("checksums: tensor ", name, " is missing"));
+    }
+    if (checksums[name] != Sha256(view.bytes)) {
+      return absl::DataLossError(absl::StrCat(view.path, ": tensor ", name,
+                                              ": its bytes do not have the checksum that ",
+                                              DescriptionPath(directory_), " states"));
+    }
+  }
+  return absl::OkStatus();
+}
+
+int64_t NestedModel::StoredRank(size_t layer, Form form) const {
+  if (form == Form::kResidual) return residual_ranks_[layer];
+  return form == Form::kPrefix ? prefix_ranks_[layer] : 0;
+}
+
+absl::StatusOr<FactorView> NestedModel::Factors(size_t layer, Form form) const {
+  FactorView view;
+  view.max_rank = StoredRank(layer, form);
+  if (view.max_rank == 0) return view;
+  const LinearSpec& spec = layers_[layer];
+  const std::string stem = absl::StrCat(spec.name, ".", NameOf(form), ".");
+  NESTOR_ASSIGN_OR_RETURN(const TensorView a, TypedTensor(*tensors_, stem + "a", DType::kI8,
+                                                          {view.max_rank, PaddedToGroup(spec.in)}));
+  NESTOR_ASSIGN_OR_RETURN(
+      const TensorView a_scales,
+      TypedTensor(*tensors_, stem + "a_scales", DType::kBf16, {view.max_rank, NumGroups(spec.in)}));
+  NESTOR_ASSIGN_OR_RETURN(
+      const TensorView bt,
+      TypedTensor(*tensors_, stem + "bt", DType::kI8, {view.max_rank, PaddedToGroup(spec.out)}));
+  NESTOR_ASSIGN_OR_RETURN(const TensorView bt_scales,
+                          TypedTensor(*tensors_, stem + "bt_scales", DType::kBf16,
+                                      {view.max_rank, NumGroups(spec.out)}));
+  view.a = Pointer<int8_t>(a);
+  view.a_scales = Pointer<uint16_t>(a_scales);
+  view.bt = Pointer<int8_t>(bt);
+  view.bt_scales = Pointer<uint16_t>(bt_scales);
+  return view;
+}
+
+absl::StatusOr<LinearWeights> NestedModel::Weights(size_t layer,
+                                                   std::vector<float>* scratch) const {
+  const LinearSpec& spec = layers_[layer];
+  LinearWeights weights{.name = spec.name, .out = spec.out, .in = spec.in};
+  if (spec.has_bias) {
+    NESTOR_ASSIGN_OR_RETURN(*scratch, tensors_->GetFloats(spec.name + ".bias", {spec.out}));
+  }
+  if (!is_artifact_) {
+    const std::string name = spec.name + ".weight";
+    if (dense_storage_ == DenseStorage::kBf16) {
+      NESTOR_ASSIGN_OR_RETURN(const TensorView dense,
+                              TypedTensor(*tensors_, name, DType::kBf16, {spec.out, spec.in}));
+      weights.dense_bf16 = Pointer<uint16_t>(dense);
+      if (spec.has_bias) weights.bias = scratch->data();
+    } else {
+      NESTOR_ASSIGN_OR_RETURN(const std::vector<float> dense,
+                              tensors_->GetFloats(name, {spec.out, spec.in}));
+      const size_t bias_size = scratch->size();
+      scratch->insert(scratch->end(), dense.begin(), dense.end());
+      weights.dense_f32 = scratch->data() + bias_size;
+      if (spec.has_bias) weights.bias = scratch->data();
+    }
+    return weights;
+  }
+  if (spec.has_bias) weights.bias = scratch->data();
+  const std::vector<int64_t> plane_shape = {spec.out, PaddedToGroup(spec.in) / 2};
+  if (dense_storage_ == DenseStorage::kBf16) {
+    NESTOR_ASSIGN_OR_RETURN(const TensorView dense, TypedTensor(*tensors_, spec.name + ".dense",
+                                                                DType::kBf16, {spec.out, spec.in}));
+    weights.dense_bf16 = Pointer<uint16_t>(dense);
+  } else {
+    NESTOR_ASSIGN_OR_RETURN(const TensorView fine,
+                            TypedTensor(*tensors_, spec.name + ".fine", DType::kU8, plane_shape));
+    weights.fine = Pointer<uint8_t>(fine);
+  }
+  if (has_coarse_plane_) {
+    NESTOR_ASSIGN_OR_RETURN(const TensorView coarse,
+                            TypedTensor(*tensors_, spec.name + ".coarse", DType::kU8, plane_shape));
+    NESTOR_ASSIGN_OR_RETURN(const TensorView scales,
+                            TypedTensor(*tensors_, spec.name + ".scales", DType::kBf16,
+                                        {spec.out, NumGroups(spec.in)}));
+    weights.coarse = Pointer<uint8_t>(coarse);
+    weights.scales = Pointer<uint16_t>(scales);
+  }
+  NESTOR_ASSIGN_OR_RETURN(weights.residual, Factors(layer, Form::kResidual));
+  NESTOR_ASSIGN_OR_RETURN(weights.prefix, Factors(layer, Form::kPrefix));
+  return weights;
+}
+
+absl::Status NestedModel::CheckProfile(size_t level, const Profile& profile) const {
+  const auto error = [&](const std::string& what) {
+    return DescriptionError(directory_, absl::StrCat("levels[", level, "]: ", what));
+  };
+  if (profile.size() != layers_.size()) {
+    return error(absl::StrCat(profile.size(), " layers, expected ", layers_.size()));
+  }
+  for (size_t i = 0; i < profile.size(); ++i) {
+    const auto& [form, rank] = profile[i];
+    const std::string where =
+        absl::StrCat("layer ", layers_[i].name, ": ", NameOf(form), " rank ", rank);
+    if (form == Form::kDense && rank != 0) return error(where + ", expected 0");
+    if (form == Form::kResidual && !has_coarse_plane_) {
+      return error(where + ", but the artifact has no coarse plane");
+    }
+    if (rank > StoredRank(i, form)) {
+      return error(absl::StrCat(where, ", but ", StoredRank(i, form), " are stored"));
+    }
+    if (form == Form::kPrefix && rank == 0) return error(where + ", expected at least 1");
+  }
+  return absl::OkStatus();
+}
+
+absl::Status NestedModel::SetLevels(std::vector<Level> levels) {
+  const Profile full(layers_.size());
+  if (levels.empty() || levels.back().ladder != "full" || levels.back().profile != full) {
+    return DescriptionError(directory_, "levels: the last must be \"full\", all layers dense");
+  }
+  const LinearCost full_cost = CostOfProfile(spec_, layers_, full, dense_storage_);
+  for (size_t i = 0; i < levels.size(); ++i) {
+    NESTOR_RETURN_IF_ERROR(CheckProfile(i, levels[i].profile));
+    levels[i].cost = CostOfProfile(spec_, layers_, levels[i].profile, dense_storage_);
+    levels[i].relative_cost = static_cast<double>(levels[i].cost.weight_bytes) /
+                              static_cast<double>(full_cost.weight_bytes);
+    levels[i].relative_flops =
+        static_cast<double>(levels[i].cost.flops) / static_cast<double>(full_cost.flops);
+  }
+  for (const char* ladder : kLadders) {
+    const Level* below = nullptr;
+    for (size_t i = 0; i < levels.size(); ++i) {
+      if (levels[i].ladder != ladder) continue;
+      const auto is_nested = [](const FormAndRank& low, const FormAndRank& high) {
+        return high.form == Form::kDense || (low.form == high.form && low.rank <= high.rank);
+      };
+      for (size_t layer = 0; below != nullptr && layer < layers_.size(); ++layer) {
+        if (!is_nested(below->profile[layer], levels[i].profile[layer])) {
+          return DescriptionError(
+              directory_,
+              absl::StrCat("levels[", i, "]: layer ", layers_[layer].name,
+                           ": not nested in the level below it on the ", ladder, " ladder"));
+        }
+      }
+      below = &levels[i];
+    }
+  }
+  for (size_t i = 0; i + 1 < levels.size(); ++i) {
+    if (levels[i].ladder != kLadders[0] && levels[i].ladder != kLadders[1]) {
+      return DescriptionError(directory_,
+                              absl::StrCat("levels[", i, "].ladder: \"", levels[i].ladder,
+                                           "\", expected residual or prefix"));
+    }
+  }
+  levels_ = std::move(levels);
+  return absl::OkStatus();
+}
+
+}  // namespace nestor

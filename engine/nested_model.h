@@ -1,0 +1,109 @@
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "engine/model_spec.h"
+#include "engine/tensor_file.h"
+#include "kernels/nested_linear.h"
+#include "nlohmann/json.hpp"
+
+namespace nestor {
+
+struct FormAndRank {
+  Form form = Form::kDense;
+  int64_t rank = 0;
+  bool operator==(const FormAndRank&) const = default;
+};
+
+// One form and rank for every layer, in the order of LayersOf.
+using Profile = std::vector<FormAndRank>;
+
+// Quality as measured at compression; what was not measured is absent.
+struct LevelMetrics {
+  double quality = 1;
+  std::optional<double> quality_vs_source;
+  std::optional<double> perplexity;
+  std::optional<double> spearman;
+  std::optional<double> standard_error;  // of `quality`
+};
+
+struct Level {
+  std::string ladder;  // "residual", "prefix" or "full"
+  Profile profile;
+  LinearCost cost;  // of one token, the whole model; FLOPs include attention at 128 positions
+  double relative_cost = 1;
+  double relative_flops = 1;
+  LevelMetrics metrics;
+};
+
+// A model in its directory, ready to be loaded into a backend: an artifact with all its levels, or
+// a source checkpoint, which has the full level only. Immutable; thread-safe.
+class NestedModel {
+ public:
+  // `directory` is told apart by its nested.json. Verifies sizes, nesting and (artifacts)
+  // checksums; the error names the file and the tensor.
+  static absl::StatusOr<std::unique_ptr<NestedModel>> Open(const std::string& directory);
+
+  const std::string& directory() const { return directory_; }
+  const ModelSpec& spec() const { return spec_; }
+  const std::vector<LinearSpec>& layers() const { return layers_; }
+  const std::vector<Level>& levels() const { return levels_; }  // the full level is the last
+  bool is_artifact() const { return is_artifact_; }
+  // "int8", "bf16", or the checkpoint's own type.
+  const std::string& dtype() const { return dtype_; }
+  DenseStorage dense_storage() const { return dense_storage_; }
+  // Stored components of a layer; 0 where it has none of that form.
+  int64_t StoredRank(size_t layer, Form form) const;
+  const nlohmann::json& description() const { return description_; }  // nested.json, or null
+
+  // The stored parts of one layer, borrowed from the mapped file. A source checkpoint's weights
+  // come as bf16 where all its layers are stored so, else as fp32. `scratch` holds what had to be
+  // converted and must live as long as the result.
+  absl::StatusOr<LinearWeights> Weights(size_t layer, std::vector<float>* scratch) const;
+  const TensorFile& tensors() const { return *tensors_; }
+
+  // Replaces the levels, checking that each profile fits the stored parts. For compression, which
+  // writes the parts before it knows the levels.
+  // Fills in the costs. INVALID_ARGUMENT names the level and the layer.
+  absl::Status SetLevels(std::vector<Level> levels);
+
+ private:
+  NestedModel() = default;
+  absl::Status ReadArtifact();
+  absl::Status ReadStorage();
+  absl::Status ReadStoredRanks();
+  absl::Status ReadLevels();
+  absl::Status VerifyTensors() const;
+  absl::Status ReadCheckpoint();
+  absl::Status CheckProfile(size_t level, const Profile& profile) const;
+  absl::StatusOr<FactorView> Factors(size_t layer, Form form) const;
+  std::string directory_;
+  ModelSpec spec_;
+  std::vector<LinearSpec> layers_;
+  std::vector<Level> levels_;
+  bool is_artifact_ = false;
+  std::string dtype_;
+  DenseStorage dense_storage_ = DenseStorage::kF32;
+  bool has_coarse_plane_ = false;
+  std::vector<int64_t> residual_ranks_;  // by layer
+  std::vector<int64_t> prefix_ranks_;
+  nlohmann::json description_;
+  std::unique_ptr<TensorFile> tensors_;
+};
+
+// The cost of one token at `profile`: every layer, the head included, and attention at 128
+// positions (FLOPs only). `dense` is how each dense form is stored.
+LinearCost CostOfProfile(const ModelSpec& spec, const std::vector<LinearSpec>& layers,
+                         const Profile& profile, DenseStorage dense);
+
+// `levels` of nested.json (docs/artifact_format.md).
+nlohmann::json LevelsToJson(const std::vector<Level>& levels);
+// "dense", "residual", "prefix".
+const char* NameOf(Form form);
+
+}  // namespace nestor

@@ -1,0 +1,67 @@
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string>
+#include <unordered_set>
+#include <utility>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+
+namespace nestor {
+
+struct SamplingOptions {
+  double temperature = 0;         // 0 is greedy
+  int32_t top_k = 0;              // 0: no limit
+  double top_p = 1;               // (0, 1]
+  double repetition_penalty = 1;  // > 0; CTRL (1909.05858), as transformers applies it
+  uint64_t seed = 0;
+};
+
+// INVALID_ARGUMENT names the field, its range and its value.
+absl::Status Validate(const SamplingOptions& options);
+
+// Draws the tokens of one sequence. Same options, same logits: same tokens, whoever shares the
+// batch. Not thread-safe.
+class Sampler {
+ public:
+  explicit Sampler(const SamplingOptions& options);
+  // Tokens that the repetition penalty counts: the prompt, then what was sampled.
+  void AddContext(std::span<const int32_t> tokens);
+  // The next token from `logits` [vocabulary]; it becomes part of the context.
+  int32_t Sample(std::span<const float> logits);
+
+ private:
+  int32_t Draw(std::span<const float> logits);
+
+  const SamplingOptions options_;
+  uint64_t state_;
+  std::vector<int32_t> context_;  // each token once
+  std::unordered_set<int32_t> is_in_context_;
+  // Scratch, kept between calls.
+  std::vector<float> penalised_;
+  std::vector<std::pair<float, int32_t>> candidates_;
+  std::vector<double> weights_;
+};
+
+// Watches generated text for stop strings.
+class StopMatcher {
+ public:
+  // REQUIRES: no stop string is empty.
+  explicit StopMatcher(std::vector<std::string> stops) : stops_(std::move(stops)) {}
+  // Adds `text` and returns what may be shown: text that could still become a stop string is held
+  // back. After a match `matched()` is true and the stop string and all behind it are left out.
+  std::string Push(const std::string& text);
+  // What was held back, at the end of a generation that did not match.
+  std::string Flush();
+  bool matched() const { return matched_; }
+
+ private:
+  const std::vector<std::string> stops_;
+  std::string held_;
+  bool matched_ = false;
+};
+
+}  // namespace nestor

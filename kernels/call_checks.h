@@ -1,0 +1,31 @@
+#pragma once
+
+#include "absl/status/status.h"
+#include "kernels/backend.h"
+#include "kernels/nested_linear.h"
+
+namespace nestor {
+
+// What every backend verifies before it trusts a layer or a call. Pure functions.
+
+// INVALID_ARGUMENT names the layer and what does not fit: no dense form or several, planes without
+// scales, a residual without a coarse plane, factors without codes.
+absl::Status ValidateLinearWeights(const LinearWeights& weights);
+
+// How many planes, ranks and sizes a loaded layer has: what its groups may ask for.
+struct LinearShape {
+  int64_t out = 0;
+  int64_t in = 0;
+  bool has_coarse = false;
+  int64_t residual_rank = 0;
+  int64_t prefix_rank = 0;
+};
+
+// CHECKs that the groups cover the call's rows in order and ask for what the layer holds, and that
+// the tensors are large enough.
+void CheckLinearPart(const LinearCall& call, const LinearPart& part, const LinearShape& shape);
+
+// CHECKs the tensors' shapes and that the sequences lie inside them.
+void CheckAttentionCall(const AttentionCall& call);
+
+}  // namespace nestor

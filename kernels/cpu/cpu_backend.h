@@ -1,0 +1,26 @@
+#pragma once
+
+#include <memory>
+#include <optional>
+
+#include "absl/status/statusor.h"
+#include "kernels/backend.h"
+#include "kernels/cpu/cpu_info.h"
+
+namespace nestor {
+
+struct CpuOptions {
+  // Threads of the pool, the caller's included. 0: as many as the cgroup and the affinity mask
+  // grant.
+  int num_threads = 0;
+  // Forces a lower instruction set than the machine's, for tests. Asking for more than the machine
+  // has is INVALID_ARGUMENT.
+  std::optional<CpuInstructionSet> instruction_set = std::nullopt;
+};
+
+// The CPU backend. Steps of up to 16 rows run integer kernels on int8 activations, and a row's
+// result is the same bit for bit whatever it shares the step with; larger steps multiply the
+// dequantised weights in fp32.
+absl::StatusOr<std::unique_ptr<Backend>> MakeCpuBackend(const CpuOptions& options);
+
+}  // namespace nestor

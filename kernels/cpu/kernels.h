@@ -1,0 +1,113 @@
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/cpu/cpu_info.h"
+
+namespace nestor {
+
+// The inner loops of the CPU backend, one table per instruction set. Plain functions on raw
+// pointers: they neither allocate nor fail. This header holds plain data only, since files
+// compiled for other instruction sets include it.
+//
+// Layouts ("line" is 64 bytes; packed_linear.h says how they are filled):
+//   coarse panel  16 outputs: [groups] x {4 lines of codes, 16 bf16 scales} = 288 bytes each
+//   fine panel    16 outputs: [groups] x 4 lines of codes = 256 bytes each
+//     A line c holds for each output o and i < 4, at byte 4 o + i, the code of input 4 c + i in the
+//     low nibble and of input 16 + 4 c + i in the high one, each plus 8.
+//   B panel       32 outputs: [rank][32] int8 and [rank] bf16 scales
+//   bf16 panel    16 outputs: [in][16]; element 2 i is output i, element 2 i + 1 output 8 + i
+
+inline constexpr int64_t kPanelOutputs = 16;
+inline constexpr int64_t kUnitOutputs = 32;  // two panels, or one B panel
+inline constexpr int64_t kCoarseGroupBytes = 288;
+inline constexpr int64_t kFineGroupBytes = 256;
+// Steps of more rows multiply in fp32.
+inline constexpr int kMaxFewRows = 16;
+
+// One row of activations in int8: x[j] = scales[j / 32] * codes[j]. `index` is its row in the
+// output buffer, which has kUnitOutputs columns. `scales` may be read up to a multiple of 8.
+struct QuantisedRow {
+  const int8_t* codes = nullptr;
+  const float* scales = nullptr;
+  const int32_t* sums = nullptr;  // of the codes of a group
+  int64_t index = 0;
+};
+
+// One row of floats (activations, or z = A x) and its row in the output buffer.
+struct FloatRow {
+  const float* values = nullptr;
+  int64_t index = 0;
+};
+
+struct CpuKernels {
+  CpuInstructionSet instruction_set;
+
+  // Symmetric int8 in groups of 32, to nearest even: scale = absmax / 127. A group with a value
+  // that is not finite gets the scale NaN and codes 0, so that every output that reads it is NaN;
+  // one below 1e-30 gets codes 0. Pads codes with 0 up to a group.
+  void (*quantise)(const float* x, int64_t n, int8_t* codes, float* scales, int32_t* sums);
+
+  // out[index][0..15] = the panel times each row; `fine` is null for the coarse plane alone.
+  // Bound: 288 (544) bytes and 1,024 (2,048) integer multiply-adds a group and row.
+  void (*planes)(const uint8_t* coarse, const uint8_t* fine, int64_t groups,
+                 const QuantisedRow* rows, int num_rows, float* out);
+  // z[i] = one row of A times rows[i], i < num_rows.
+  void (*factor_a)(const int8_t* a, const uint16_t* scales, int64_t groups,
+                   const QuantisedRow* rows, int num_rows, float* z);
+  // out[index][0..31] += the first `rank` rows of the B panel, weighted by rows' z. `scratch` holds
+  // 4 * (rank rounded up to 8) floats; z and scales may be read up to a multiple of 8.
+  void (*factor_b)(const int8_t* panel, const uint16_t* scales, int64_t rank, const FloatRow* rows,
+                   int num_rows, float* scratch, float* out);
+  // out[index][0..15] = the panel times each row.
+  void (*bf16_panel)(const uint16_t* panel, int64_t n, const FloatRow* rows, int num_rows,
+                     float* out);
+  float (*dot)(const float* a, const float* b, int64_t n);
+
+  // The fp32 path: weights of 16 outputs as floats, transposed, [depth][16], then a product.
+  // 32 * groups inputs of a panel of planes.
+  void (*panel_from_planes)(const uint8_t* coarse, const uint8_t* fine, int64_t groups,
+                            float* panel);
+  // 32 * groups inputs of `count` <= 16 components of A, the rest being zeros.
+  void (*panel_from_a)(const int8_t* a, int64_t stride, const uint16_t* scales,
+                       int64_t scale_stride, int64_t count, int64_t groups, float* panel);
+  // `rank` components of 16 outputs of a B panel, from `b` on.
+  void (*panel_from_b)(const int8_t* b, const uint16_t* scales, int64_t rank, float* panel);
+  void (*panel_from_bf16)(const uint16_t* values, int64_t depth, float* panel);
+  // `count` <= 16 rows of `weights`, the rest being zeros.
+  void (*panel_from_f32)(const float* weights, int64_t stride, int64_t count, int64_t depth,
+                         float* panel);
+  // out[t][0..outputs) (+)= x[t][0..depth) times the panel, plus `bias` where it is not null;
+  // outputs <= 16. Bound: 32 * depth FLOPs a row. A row's result does not depend on `rows`.
+  void (*gemm)(const float* x, int64_t x_stride, int64_t rows, int64_t depth, const float* panel,
+               const float* bias, float* out, int64_t out_stride, int64_t outputs, bool adds);
+
+  // `bias` may be null; `out` may be `x`.
+  void (*rms_norm)(const float* x, const float* gain, const float* bias, int64_t n, float epsilon,
+                   float* out);
+  void (*layer_norm)(const float* x, const float* gain, const float* bias, int64_t n, float epsilon,
+                     float* out);
+  // out = activation(x), times `up` where it is not null; `out` may be `x`. Vector forms err by
+  // less than 1e-6 of max(|out|, 1e-30).
+  void (*silu)(const float* x, const float* up, int64_t n, float* out);
+  void (*gelu_erf)(const float* x, const float* up, int64_t n, float* out);
+  void (*gelu_tanh)(const float* x, const float* up, int64_t n, float* out);
+
+  // Attention over one tile of keys; `dim` is a multiple of 8.
+  // s[i][key] = q[i] . key for i < num_queries <= 4; q is [num_queries][dim], keys are transposed,
+  // [dim][>= num_keys rounded up to 8], row stride `key_stride`; s is written up to a multiple
+  // of 8.
+  void (*scores)(const float* q, int num_queries, int64_t dim, const float* keys,
+                 int64_t key_stride, int64_t num_keys, float* s, int64_t s_stride);
+  // s[i] = exp(s[i] - max s) for i < n, 0 from there up to `padded_n`. Returns the sum.
+  float (*softmax)(float* s, int64_t n, int64_t padded_n);
+  // out[i] += sum over keys of p[i][key] * values[key]; out is [num_queries <= 4][dim].
+  void (*weigh_values)(const float* p, int64_t p_stride, int num_queries, const float* values,
+                       int64_t dim, int64_t num_keys, float* out);
+};
+
+const CpuKernels& PortableKernels();
+// REQUIRES: the machine has AVX2 and FMA.
+const CpuKernels& Avx2Kernels();
+
+}  // namespace nestor

@@ -1,0 +1,328 @@
+// y = P x + B_r A_r x + bias for up to 16 rows: bound by the bytes of the parts that are read.
+
+#include "kernels/cpu/linear.h"
+
+#include <algorithm>
+#include <thread>
+
+#include "base/check.h"
+#include "kernels/call_checks.h"
+
+namespace nestor {
+namespace {
+
+// Weights per task at least: what a core reads in about 10 us.
+constexpr int64_t kBytesPerTask = int64_t{192} << 10;
+// Bytes of A that are claimed at once: half a microsecond of reading, so that threads share even a
+// small A evenly.
+constexpr int64_t kBytesPerZPiece = int64_t{8} << 10;
+constexpr int kPollsBeforeYield = 10000;
+
+int64_t RoundUp(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+// More tasks than threads where there is enough work, since other programs may slow a core down.
+int64_t NumTasks(int64_t items, int64_t bytes, int num_threads) {
+  return std::clamp<int64_t>(bytes / kBytesPerTask, std::min<int64_t>(items, num_threads),
+                             std::min<int64_t>(items, 8 * num_threads));
+}
+
+}  // namespace
+
+LinearRunner::LinearRunner(const CpuKernels* kernels, ThreadPool* pool)
+    : kernels_(kernels), pool_(pool), threads_(pool->num_threads()) {}
+
+LinearCost LinearRunner::executed() const {
+  LinearCost total;
+  for (const ThreadState& thread : threads_) total += thread.executed;
+  return total;
+}
+
+const float* LinearRunner::InputRow(const LinearCall& call, int64_t row) {
+  return static_cast<const float*>(call.in.data) + row * call.in.cols;
+}
+
+float* LinearRunner::OutputRow(const LinearPart& part, int64_t row) {
+  return static_cast<float*>(part.out.data) + row * part.out.cols;
+}
+
+void LinearRunner::Run(const LinearCall& call, std::span<const PackedLinear> layers) {
+  if (call.rows == 0) return;
+  PlanCall(call, layers);
+  if (call.rows <= kMaxFewRows) {
+    RunFewRows(call);
+  } else {
+    RunManyRows(call);
+  }
+}
+
+void LinearRunner::PlanCall(const LinearCall& call, std::span<const PackedLinear> layers) {
+  if (plans_.size() < call.parts.size()) plans_.resize(call.parts.size());
+  int64_t z_size = 0;
+  for (size_t i = 0; i < call.parts.size(); ++i) {
+    PartPlan& plan = plans_[i];
+    plan.part = &call.parts[i];
+    NESTOR_CHECK(plan.part->layer >= 0 && plan.part->layer < static_cast<LinearId>(layers.size()));
+    const PackedLinear& layer = layers[plan.part->layer];
+    plan.layer = &layer;
+    CheckLinearPart(call, *plan.part,
+                    {.out = layer.out,
+                     .in = layer.in,
+                     .has_coarse = layer.coarse != nullptr,
+                     .residual_rank = layer.residual.max_rank,
+                     .prefix_rank = layer.prefix.max_rank});
+    plan.residual.form = Form::kResidual;
+    plan.residual.factors = &layer.residual;
+    plan.prefix.form = Form::kPrefix;
+    plan.prefix.factors = &layer.prefix;
+    for (FactorStage* stage : {&plan.residual, &plan.prefix}) {
+      stage->max_rank = 0;
+      for (const RowGroup& group : plan.part->groups) {
+        if (group.form == stage->form) stage->max_rank = std::max(stage->max_rank, group.rank);
+      }
+      stage->z_stride = RoundUp(stage->max_rank, kPanelOutputs);
+      stage->z_offset = z_size;
+      z_size += stage->z_stride * call.rows;
+    }
+  }
+  z_.GrowTo(z_size);
+}
+
+void LinearRunner::RunFewRows(const LinearCall& call) {
+  if (NeedsCodes(call)) QuantiseInput(call);
+  num_components_ = 0;
+  int64_t max_stride = 0;
+  int64_t units = 0;
+  int64_t weights = 0;
+  for (size_t i = 0; i < call.parts.size(); ++i) {
+    PlanRows(call, &plans_[i]);
+    num_components_ += plans_[i].residual.max_rank + plans_[i].prefix.max_rank;
+    max_stride = std::max({max_stride, plans_[i].residual.z_stride, plans_[i].prefix.z_stride});
+    units += NumGroups(plans_[i].layer->out);
+    weights += plans_[i].layer->out * plans_[i].layer->in;
+  }
+  for (ThreadState& thread : threads_) thread.scaled_z.GrowTo(4 * max_stride);
+  num_z_pieces_ = std::min(num_components_, 1 + num_components_ * call.in.cols / kBytesPerZPiece);
+  claimed_z_pieces_.store(0, std::memory_order_relaxed);
+  finished_z_pieces_.store(0, std::memory_order_relaxed);
+  const int64_t num_tasks = NumTasks(units, weights, pool_->num_threads());
+  pool_->Run(num_tasks, [&](int64_t task, int thread) {
+    RunZPieces(call, thread);
+    int64_t begin = units * task / num_tasks;
+    int64_t end = units * (task + 1) / num_tasks;
+    for (size_t i = 0; i < call.parts.size(); ++i) {
+      const int64_t part_units = NumGroups(plans_[i].layer->out);
+      const int64_t part_end = std::min(end, part_units);
+      for (int64_t unit = std::max<int64_t>(begin, 0); unit < part_end; unit += kUnitsPerRun)
+        RunUnits(call, plans_[i], unit, std::min(part_end, unit + kUnitsPerRun), thread);
+      begin -= part_units;
+      end -= part_units;
+    }
+  });
+}
+
+bool LinearRunner::NeedsCodes(const LinearCall& call) const {
+  for (size_t i = 0; i < call.parts.size(); ++i) {
+    if (plans_[i].layer->fine != nullptr) return true;
+    for (const RowGroup& group : call.parts[i].groups) {
+      if (group.form != Form::kDense) return true;
+    }
+  }
+  return false;
+}
+
+void LinearRunner::QuantiseInput(const LinearCall& call) {
+  const int64_t groups = NumGroups(call.in.cols);
+  const int64_t code_stride = PaddedToGroup(call.in.cols);
+  const int64_t scale_stride = RoundUp(groups, 8);
+  codes_.GrowTo(kMaxFewRows * code_stride);
+  scales_.GrowTo(kMaxFewRows * scale_stride);
+  sums_.GrowTo(kMaxFewRows * groups);
+  for (int64_t t = 0; t < call.rows; ++t) {
+    int8_t* codes = codes_.data() + t * code_stride;
+    float* scales = scales_.data() + t * scale_stride;
+    int32_t* sums = sums_.data() + t * groups;
+    kernels_->quantise(InputRow(call, t), call.in.cols, codes, scales, sums);
+    quantised_[t] = {.codes = codes, .scales = scales, .sums = sums, .index = t};
+  }
+}
+
+void LinearRunner::AddFactorRows(const RowGroup& group, FactorStage* stage) {
+  for (int64_t t = group.begin; t < group.end && group.rank > 0; ++t) {
+    int at = stage->num_rows++;
+    for (; at > 0 && stage->ranks[at - 1] < group.rank; --at) {
+      stage->rows[at] = stage->rows[at - 1];
+      stage->ranks[at] = stage->ranks[at - 1];
+    }
+    stage->rows[at] = quantised_[t];
+    stage->ranks[at] = group.rank;
+  }
+}
+
+void LinearRunner::PlanRows(const LinearCall& call, PartPlan* plan) {
+  plan->num_coarse = plan->num_planes = plan->num_dense = 0;
+  plan->residual.num_rows = plan->prefix.num_rows = 0;
+  for (const RowGroup& group : plan->part->groups) {
+    for (int64_t t = group.begin; t < group.end; ++t) {
+      if (group.form == Form::kResidual) plan->coarse[plan->num_coarse++] = quantised_[t];
+      if (group.form != Form::kDense) continue;
+      if (plan->layer->fine != nullptr) {
+        plan->planes[plan->num_planes++] = quantised_[t];
+      } else {
+        plan->dense[plan->num_dense++] = {.values = InputRow(call, t), .index = t};
+      }
+    }
+    if (group.form == Form::kResidual) AddFactorRows(group, &plan->residual);
+    if (group.form == Form::kPrefix) AddFactorRows(group, &plan->prefix);
+  }
+}
+
+void LinearRunner::RunZPieces(const LinearCall& call, int thread) {
+  while (claimed_z_pieces_.load(std::memory_order_relaxed) < num_z_pieces_) {
+    const int64_t piece = claimed_z_pieces_.fetch_add(1, std::memory_order_relaxed);
+    if (piece >= num_z_pieces_) return;
+    // Components [begin, end) of all stages, one after the other.
+    int64_t begin = num_components_ * piece / num_z_pieces_;
+    int64_t end = num_components_ * (piece + 1) / num_z_pieces_;
+    for (size_t i = 0; i < call.parts.size(); ++i) {
+      for (const FactorStage* stage : {&plans_[i].residual, &plans_[i].prefix}) {
+        for (int64_t k = std::max<int64_t>(begin, 0); k < std::min(end, stage->max_rank); ++k)
+          RunComponent(plans_[i], *stage, k, thread);
+        begin -= stage->max_rank;
+        end -= stage->max_rank;
+      }
+    }
+    finished_z_pieces_.fetch_add(1, std::memory_order_release);
+  }
+}
+
+void LinearRunner::RunComponent(const PartPlan& plan, const FactorStage& stage, int64_t k,
+                                int thread) {
+  const PackedLinear& layer = *plan.layer;
+  int count = 0;
+  while (count < stage.num_rows && stage.ranks[count] > k) ++count;
+  float z[kMaxFewRows];
+  kernels_->factor_a(stage.factors->a + k * PaddedToGroup(layer.in),
+                     stage.factors->a_scales + k * layer.groups(), layer.groups(), stage.rows,
+                     count, z);
+  for (int i = 0; i < count; ++i)
+    z_.data()[stage.z_offset + stage.rows[i].index * stage.z_stride + k] = z[i];
+  threads_[thread].executed +=
+      {.weight_bytes = layer.a_component_bytes(), .flops = 2 * layer.in * count};
+}
+
+void LinearRunner::WaitForZ() const {
+  // Every piece is claimed by now, so some thread is at work on what is missing.
+  for (int polls = 0; finished_z_pieces_.load(std::memory_order_acquire) < num_z_pieces_; ++polls) {
+    if (polls < kPollsBeforeYield) {
+      __builtin_ia32_pause();
+    } else {
+      std::this_thread::yield();
+    }
+  }
+}
+
+void LinearRunner::RunUnits(const LinearCall& call, const PartPlan& plan, int64_t begin,
+                            int64_t end, int thread) {
+  ThreadState& state = threads_[thread];
+  const int64_t unit_size = call.rows * kUnitOutputs;
+  std::fill_n(state.sums, (end - begin) * unit_size, 0.0f);
+  // All planes first: a stream that is left for a panel of B and taken up again after it costs
+  // its first latency anew, 200 ns on a machine where the unit itself takes 400.
+  for (int64_t unit = begin; unit < end; ++unit)
+    RunPanels(plan, unit, state.sums + (unit - begin) * unit_size, &state.executed);
+  if (num_z_pieces_ > 0) {
+    WaitForZ();
+    for (int64_t unit = begin; unit < end; ++unit) {
+      for (const FactorStage* stage : {&plan.residual, &plan.prefix})
+        RunFactorB(plan, *stage, unit, state.sums + (unit - begin) * unit_size, thread);
+    }
+  }
+  for (int64_t unit = begin; unit < end; ++unit)
+    FinishUnit(call, plan, unit, state.sums + (unit - begin) * unit_size, &state.executed);
+}
+
+void LinearRunner::FinishUnit(const LinearCall& call, const PartPlan& plan, int64_t unit,
+                              float* sums, LinearCost* executed) {
+  const PackedLinear& layer = *plan.layer;
+  const int64_t begin = unit * kUnitOutputs;
+  const int64_t count = std::min(kUnitOutputs, layer.out - begin);
+  if (layer.bias != nullptr) executed->weight_bytes += 4 * count;
+  for (int64_t t = 0; t < call.rows; ++t) {
+    float* row = sums + t * kUnitOutputs;
+    if (layer.bias != nullptr) {
+      for (int64_t o = 0; o < count; ++o) row[o] += layer.bias[begin + o];
+    }
+    float* out = OutputRow(*plan.part, t) + begin;
+    if (call.add_to_output) {
+      for (int64_t o = 0; o < count; ++o) out[o] += row[o];
+    } else {
+      std::copy_n(row, count, out);
+    }
+  }
+}
+
+void LinearRunner::RunPanels(const PartPlan& plan, int64_t unit, float* sums,
+                             LinearCost* executed) {
+  const PackedLinear& layer = *plan.layer;
+  for (int64_t half = 0; half < 2; ++half) {
+    const int64_t panel = 2 * unit + half;
+    const int64_t outputs = std::min(kPanelOutputs, layer.out - panel * kPanelOutputs);
+    if (outputs <= 0) break;
+    float* out = sums + half * kPanelOutputs;
+    const int num_rows = plan.num_coarse + plan.num_planes + plan.num_dense;
+    executed->flops += 2 * layer.in * outputs * num_rows;
+    if (plan.num_coarse + plan.num_planes > 0)
+      executed->weight_bytes += outputs * layer.coarse_output_bytes();
+    if (plan.num_coarse > 0) {
+      kernels_->planes(layer.CoarsePanel(panel), nullptr, layer.groups(), plan.coarse,
+                       plan.num_coarse, out);
+    }
+    if (plan.num_planes > 0) {  // the coarse panel is in the cache if it was needed before
+      kernels_->planes(layer.CoarsePanel(panel), layer.FinePanel(panel), layer.groups(),
+                       plan.planes, plan.num_planes, out);
+      executed->weight_bytes += outputs * layer.fine_output_bytes();
+    }
+    if (plan.num_dense > 0) executed->weight_bytes += outputs * layer.dense_output_bytes();
+    if (plan.num_dense > 0 && layer.dense_bf16 != nullptr) {
+      kernels_->bf16_panel(layer.Bf16Panel(panel), layer.in, plan.dense, plan.num_dense, out);
+    } else if (plan.num_dense > 0) {
+      for (int64_t o = 0; o < outputs; ++o) {
+        const float* weights = layer.dense_f32 + (panel * kPanelOutputs + o) * layer.in;
+        for (int i = 0; i < plan.num_dense; ++i) {
+          out[plan.dense[i].index * kUnitOutputs + o] =
+              kernels_->dot(weights, plan.dense[i].values, layer.in);
+        }
+      }
+    }
+  }
+}
+
+void LinearRunner::RunFactorB(const PartPlan& plan, const FactorStage& stage, int64_t unit,
+                              float* sums, int thread) {
+  if (stage.max_rank == 0) return;
+  const int64_t outputs = std::min(kUnitOutputs, plan.layer->out - unit * kUnitOutputs);
+  ThreadState& state = threads_[thread];
+  state.executed.weight_bytes += stage.max_rank * PackedLinear::kBComponentBytes;
+  FloatRow rows[kMaxFewRows];
+  for (int begin = 0; begin < stage.num_rows;) {
+    const int64_t rank = stage.ranks[begin];
+    int count = 0;
+    while (begin + count < stage.num_rows && stage.ranks[begin + count] == rank) ++count;
+    for (const BSegment& segment : stage.factors->SegmentsOf(rank)) {
+      for (int i = 0; i < count; ++i) {
+        const int64_t index = stage.rows[begin + i].index;
+        rows[i] = {.values = z_.data() + stage.z_offset + index * stage.z_stride + segment.begin,
+                   .index = index};
+      }
+      kernels_->factor_b(segment.Panel(unit), segment.PanelScales(unit),
+                         std::min(segment.size, rank - segment.begin), rows, count,
+                         state.scaled_z.data(), sums);
+    }
+    state.executed.flops += 2 * outputs * rank * count;
+    begin += count;
+  }
+}
+
+}  // namespace nestor

@@ -1,0 +1,138 @@
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "kernels/backend.h"
+#include "kernels/cpu/aligned_buffer.h"
+#include "kernels/cpu/kernels.h"
+#include "kernels/cpu/packed_linear.h"
+#include "kernels/cpu/thread_pool.h"
+
+namespace nestor {
+
+// Rows [begin, end) of a call.
+struct RowBlock {
+  int64_t begin = 0;
+  int64_t end = 0;
+};
+
+// Runs LinearCalls: several layers over one input, rows in groups of mixed forms and ranks.
+//
+// Up to kMaxFewRows rows: activations are rounded to int8 once, then one phase on the pool
+// computes z = A x of every factor and, for every 32 outputs, all that they need: planes, then
+// B z, bias. The coarse plane is read once for residual and dense rows together. More rows: panels
+// are dequantised one by one, for all groups at once, and multiplied in fp32.
+//
+// Not thread-safe. Scratch grows to the largest call seen and stays.
+class LinearRunner {
+ public:
+  // Both must outlive the runner.
+  LinearRunner(const CpuKernels* kernels, ThreadPool* pool);
+
+  void Run(const LinearCall& call, std::span<const PackedLinear> layers);
+
+  // Counted where the kernels are called: bytes once for a pass over a part, FLOPs for each row.
+  LinearCost executed() const;
+
+ private:
+  // Inputs that are dequantised and multiplied at once: with 16 outputs half a first-level cache.
+  static constexpr int64_t kDepthBlock = 256;
+  // Units whose planes are read without a break; the sums of one row take 2 KB.
+  static constexpr int64_t kUnitsPerRun = 16;
+
+  // The rows of a part that run one kind of factors.
+  struct FactorStage {
+    Form form = Form::kResidual;
+    const PackedFactors* factors = nullptr;
+    int64_t max_rank = 0;  // of this call's groups; 0: nothing to do
+    int64_t z_offset = 0;  // into z_: [call rows][z_stride]
+    int64_t z_stride = 0;
+    // Few rows only, highest rank first.
+    int num_rows = 0;
+    QuantisedRow rows[kMaxFewRows];
+    int64_t ranks[kMaxFewRows];
+  };
+  struct PartPlan {
+    const PackedLinear* layer = nullptr;
+    const LinearPart* part = nullptr;
+    FactorStage residual;
+    FactorStage prefix;
+    // Few rows only.
+    int num_coarse = 0;
+    QuantisedRow coarse[kMaxFewRows];
+    int num_planes = 0;
+    QuantisedRow planes[kMaxFewRows];
+    int num_dense = 0;  // bf16 or fp32
+    FloatRow dense[kMaxFewRows];
+  };
+  struct alignas(64) ThreadState {
+    LinearCost executed;
+    AlignedBuffer<float> scaled_z;
+    alignas(64) float panel[kDepthBlock * kPanelOutputs];
+    alignas(64) float sums[kUnitsPerRun * kMaxFewRows * kUnitOutputs];
+  };
+
+  static const float* InputRow(const LinearCall& call, int64_t row);
+  static float* OutputRow(const LinearPart& part, int64_t row);
+  // Layers, stages and their place in z_.
+  void PlanCall(const LinearCall& call, std::span<const PackedLinear> layers);
+
+  // linear.cc: few rows.
+  void RunFewRows(const LinearCall& call);
+  bool NeedsCodes(const LinearCall& call) const;
+  void QuantiseInput(const LinearCall& call);
+  void PlanRows(const LinearCall& call, PartPlan* plan);
+  void AddFactorRows(const RowGroup& group, FactorStage* stage);
+  // z is computed in pieces, claimed by whoever comes first: RunZPieces returns when none is left
+  // to claim, WaitForZ when all are finished.
+  void RunZPieces(const LinearCall& call, int thread);
+  void WaitForZ() const;
+  void RunComponent(const PartPlan& plan, const FactorStage& stage, int64_t k, int thread);
+  // Units [begin, end) of a part, 32 outputs each; at most kUnitsPerRun.
+  void RunUnits(const LinearCall& call, const PartPlan& plan, int64_t begin, int64_t end,
+                int thread);
+  void RunPanels(const PartPlan& plan, int64_t unit, float* sums, LinearCost* executed);
+  void RunFactorB(const PartPlan& plan, const FactorStage& stage, int64_t unit, float* sums,
+                  int thread);
+  // Adds the bias and writes the outputs.
+  void FinishUnit(const LinearCall& call, const PartPlan& plan, int64_t unit, float* sums,
+                  LinearCost* executed);
+
+  // linear_many_rows.cc: more.
+  void RunManyRows(const LinearCall& call);
+  // z of 16 components from `first` on.
+  void MultiplyByA(const LinearCall& call, const PartPlan& plan, const FactorStage& stage,
+                   int64_t first, RowBlock block, int thread);
+  // 16 outputs.
+  void RunPanel(const LinearCall& call, const PartPlan& plan, int64_t panel, RowBlock block,
+                int thread);
+  void MultiplyByWeights(const LinearCall& call, const PartPlan& plan, Form form, int64_t panel,
+                         RowBlock block, int thread);
+  void MultiplyByB(const LinearCall& call, const PartPlan& plan, const FactorStage& stage,
+                   int64_t panel, RowBlock block, int thread);
+  // Rows of rank 0: the bias alone.
+  void SetToBias(const LinearCall& call, const PartPlan& plan, int64_t panel, RowBlock block,
+                 int thread);
+  // Inputs [begin, end) of a panel of the form's weights, as floats.
+  void UnpackWeights(const PackedLinear& layer, Form form, int64_t panel, int64_t begin,
+                     int64_t end, float* out) const;
+
+  const CpuKernels* const kernels_;
+  ThreadPool* const pool_;
+  std::vector<PartPlan> plans_;  // of the call at hand in front, older ones after them
+  AlignedBuffer<float> z_;
+  AlignedBuffer<int8_t> codes_;  // [rows][PaddedToGroup(in)]
+  AlignedBuffer<float> scales_;  // [rows][NumGroups(in) rounded up to 8]
+  AlignedBuffer<int32_t> sums_;  // [rows][NumGroups(in)]
+  QuantisedRow quantised_[kMaxFewRows];
+  int64_t num_components_ = 0;  // of all stages of the call
+  int64_t num_z_pieces_ = 0;
+  std::atomic<int64_t> claimed_z_pieces_{0};
+  std::atomic<int64_t> finished_z_pieces_{0};
+  std::vector<ThreadState> threads_;
+};
+
+}  // namespace nestor

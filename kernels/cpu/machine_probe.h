@@ -1,0 +1,13 @@
+#pragma once
+
+#include "absl/status/statusor.h"
+
+namespace nestor {
+
+// Memory read bandwidth in GB/s with `threads` threads, each reading its own part of a buffer that
+// is larger than the last-level cache and lies in huge pages; the best of several passes, taking
+// about half a second. RESOURCE_EXHAUSTED without memory for the buffer; INVALID_ARGUMENT for
+// threads < 1.
+absl::StatusOr<double> MeasureReadBandwidth(int threads);
+
+}  // namespace nestor

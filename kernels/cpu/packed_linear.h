@@ -1,0 +1,74 @@
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+#include "absl/status/statusor.h"
+#include "kernels/cpu/memory_arena.h"
+#include "kernels/nested_linear.h"
+
+namespace nestor {
+
+// Components [begin, begin + size) of B, for 32 outputs after 32 outputs:
+// [NumGroups(out)][size][32].
+struct BSegment {
+  int64_t begin = 0;
+  int64_t size = 0;
+  const int8_t* codes = nullptr;
+  const uint16_t* scales = nullptr;  // bf16 [NumGroups(out)][size]
+
+  const int8_t* Panel(int64_t unit) const { return codes + unit * size * kGroupSize; }
+  const uint16_t* PanelScales(int64_t unit) const { return scales + unit * size; }
+};
+
+// Nested factors as the CPU reads them. B is cut at ranks 16, 32, 64, 128, ...: any prefix of the
+// rank is then a few contiguous streams. In one piece a prefix of 16 of 64 components jumps from
+// page to page, which took three times as long to read as 16 components that lie together
+// (measured on Zen 4 in a virtual machine).
+struct PackedFactors {
+  static constexpr int kMaxSegments = 12;
+
+  int64_t max_rank = 0;
+  const int8_t* a = nullptr;           // [max_rank][PaddedToGroup(in)]
+  const uint16_t* a_scales = nullptr;  // bf16 [max_rank][NumGroups(in)]
+  int num_segments = 0;
+  BSegment segments[kMaxSegments] = {};
+
+  // Those that a prefix of `rank` reads.
+  std::span<const BSegment> SegmentsOf(int64_t rank) const;
+};
+
+// One linear layer in the CPU's own layout, one copy of every weight (kernels.h describes the
+// panels). Plain pointers into the arena that it was packed into.
+struct PackedLinear {
+  int64_t out = 0;
+  int64_t in = 0;
+  const float* dense_f32 = nullptr;      // [out][in]
+  const uint16_t* dense_bf16 = nullptr;  // bf16 panels
+  const uint8_t* coarse = nullptr;       // coarse panels, scales among them
+  const uint8_t* fine = nullptr;         // fine panels
+  PackedFactors residual = {};
+  PackedFactors prefix = {};
+  const float* bias = nullptr;
+
+  int64_t groups() const { return NumGroups(in); }
+  const uint8_t* CoarsePanel(int64_t panel) const;
+  const uint8_t* FinePanel(int64_t panel) const;
+  const uint16_t* Bf16Panel(int64_t panel) const;
+
+  // What is counted when a part is read: for one output of a plane (scales count with the coarse
+  // one) or of the bf16 or fp32 form, for one component of A, for one of B and 32 outputs.
+  int64_t coarse_output_bytes() const { return PaddedToGroup(in) / 2 + 2 * groups(); }
+  int64_t fine_output_bytes() const { return PaddedToGroup(in) / 2; }
+  int64_t dense_output_bytes() const { return in * (dense_bf16 != nullptr ? 2 : 4); }
+  int64_t a_component_bytes() const { return PaddedToGroup(in) + 2 * groups(); }
+  static constexpr int64_t kBComponentBytes = kGroupSize + 2;
+};
+
+// RESOURCE_EXHAUSTED as the arena says. REQUIRES: `weights` are valid (call_checks.h).
+absl::StatusOr<PackedLinear> PackLinear(const LinearWeights& weights, MemoryArena* arena);
+
+// out[0..in) = row `row` of the dense form.
+void UnpackDenseRow(const PackedLinear& layer, int64_t row, float* out);
+
+}  // namespace nestor

@@ -1,0 +1,75 @@
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace nestor {
+
+// The nested linear layer, y = P x + B_r A_r x + bias, as it is stored: W is [out, in], out = m and
+// in = n in the formulas. One layer holds its weights once, as parts that add up.
+
+// Inputs (and, for B, outputs) that share one quantisation scale.
+inline constexpr int64_t kGroupSize = 32;
+
+constexpr int64_t NumGroups(int64_t size) { return (size + kGroupSize - 1) / kGroupSize; }
+constexpr int64_t PaddedToGroup(int64_t size) { return NumGroups(size) * kGroupSize; }
+
+// What a layer runs for a row:
+//   kDense     P = W: bf16 (or fp32 from a source checkpoint), or both planes
+//   kResidual  P = coarse plane, B A = the first `rank` components of what it leaves out
+//   kPrefix    P = 0, B A = the first `rank` components of W itself
+enum class Form : uint8_t { kDense, kResidual, kPrefix };
+
+// A pair of nested int8 factors in host memory. Any rank r <= max_rank is the first r rows of `a`
+// and of `bt`: (B_r A_r)[i][j] = sum over k < r of bt[k][i] * a[k][j], each code times its scale.
+struct FactorView {
+  int64_t max_rank = 0;                 // 0: the layer has no such factors
+  const int8_t* a = nullptr;            // [max_rank, PaddedToGroup(in)], padding is 0
+  const uint16_t* a_scales = nullptr;   // bf16 [max_rank, NumGroups(in)]
+  const int8_t* bt = nullptr;           // [max_rank, PaddedToGroup(out)], padding is 0
+  const uint16_t* bt_scales = nullptr;  // bf16 [max_rank, NumGroups(out)]
+};
+
+// The stored parts of one linear layer, borrowed from the artifact or the checkpoint. Exactly one
+// of `dense_f32`, `dense_bf16` and the planes is set. `coarse` may also stand beside `dense_bf16`
+// (a bf16 artifact with a residual ladder).
+//
+// Planes (methods: "Residual ladders"): q = round(w / s) in [-119, 119] with one bf16 scale s for
+// 32 inputs of one output; hi = floor((q + 8) / 16) in [-7, 7], lo = q - 16 hi in [-8, 7]. Then
+// coarse = 16 s hi, coarse + fine = s (16 hi + lo). Two codes share a byte, input 2j in the low
+// nibble; stored as hi + 8 and lo + 8, so padding is 8.
+struct LinearWeights {
+  std::string name;
+  int64_t out = 0;
+  int64_t in = 0;
+  const float* dense_f32 = nullptr;      // [out, in]
+  const uint16_t* dense_bf16 = nullptr;  // [out, in]
+  const uint8_t* coarse = nullptr;       // [out, PaddedToGroup(in) / 2]
+  const uint8_t* fine = nullptr;         // [out, PaddedToGroup(in) / 2]
+  const uint16_t* scales = nullptr;      // bf16 [out, NumGroups(in)]
+  FactorView residual;
+  FactorView prefix;
+  const float* bias = nullptr;  // [out]
+};
+
+// What one row costs in a layer. `weight_bytes` are the stored bytes a pass reads (codes and
+// scales with their padding, and the bias), `flops` is 2 x the weights one row multiplies.
+struct LinearCost {
+  int64_t weight_bytes = 0;
+  int64_t flops = 0;
+  LinearCost& operator+=(const LinearCost& other) {
+    weight_bytes += other.weight_bytes;
+    flops += other.flops;
+    return *this;
+  }
+};
+
+// How the dense form of a layer is stored.
+enum class DenseStorage : uint8_t { kF32, kBf16, kPlanes };
+
+// The stated cost of a layer of shape [out, in] at `form` and `rank`. The backends count what they
+// execute on their own; a test compares the two.
+LinearCost CostOfLinear(int64_t out, int64_t in, bool has_bias, DenseStorage dense, Form form,
+                        int64_t rank);
+
+}  // namespace nestor

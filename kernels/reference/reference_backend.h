@@ -1,0 +1,19 @@
+#pragma once
+
+#include <memory>
+
+#include "kernels/backend.h"
+
+namespace nestor {
+
+struct ReferenceOptions {
+  // Round the input of plane and factor layers to int8 in groups of 32 as the CPU's kernels for
+  // few rows do, so that what remains between the two is floating-point rounding.
+  bool quantises_activations = false;
+};
+
+// Every operation as plain loops in double precision, straight from the stored weights. Slow; the
+// truth that tests compare with.
+std::unique_ptr<Backend> MakeReferenceBackend(const ReferenceOptions& options = {});
+
+}  // namespace nestor

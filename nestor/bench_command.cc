@@ -1,0 +1,330 @@
+#include <algorithm>
+#include <functional>
+#include <memory>
+#include <numeric>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "base/progress.h"
+#include "base/status_macros.h"
+#include "engine/engine.h"
+#include "kernels/cpu/cpu_backend.h"
+#include "kernels/cpu/machine_probe.h"
+#include "nestor/bench_measure.h"
+#include "nestor/command.h"
+#include "nestor/flags.h"
+#include "nestor/text_input.h"
+#include "nestor/text_table.h"
+#include "nlohmann/json.hpp"
+
+namespace nestor {
+namespace {
+
+constexpr int64_t kTextsInBatch = 32;
+constexpr int64_t kMaxStepRows = 512;  // as in the daemon's default configuration
+constexpr int kMaxRows = 512;
+
+struct BenchFlags {
+  int64_t threads = 0;
+  std::optional<std::string> levels;
+  std::string rows = "1,4,16";
+  std::optional<int64_t> prompt_tokens;
+  int64_t context = 16;
+  int64_t tokens = 64;
+  int64_t rounds = 5;
+  bool json = false;
+};
+
+// The flags, checked against the model.
+struct BenchPlan {
+  int threads = 1;
+  std::vector<int> levels;
+  std::vector<int> rows;
+  int64_t prompt_tokens = 0;
+  int64_t context = 0;
+  int64_t tokens = 0;
+  int rounds = 1;
+};
+
+struct DecodeRow {
+  int level = 0;
+  int64_t rows = 0;
+  Measurement measured;
+};
+
+struct PromptRow {
+  int level = 0;
+  Measurement measured;
+};
+
+// The same rows at all levels, in one pass and in one pass for each level.
+struct MixedRow {
+  int64_t rows = 0;
+  Measurement one_pass;
+  Measurement pass_per_level;
+};
+
+struct BenchReport {
+  std::string model;
+  std::string cpu;
+  double read_gbps = 0;
+  bool is_encoder = false;
+  BenchPlan plan;
+  std::vector<DecodeRow> decode;
+  std::vector<PromptRow> prefill;
+  std::vector<PromptRow> embed;
+  std::vector<MixedRow> mixed;
+};
+
+void Declare(Flags* flags, BenchFlags* values) {
+  flags->Add("threads", &values->threads, "threads; 0: as many as this process may use");
+  flags->Add("levels", &values->levels, "levels to measure, e.g. 0,3 (default: all)");
+  flags->Add("rows", &values->rows, "sequences that decode together");
+  flags->Add("prompt-tokens", &values->prompt_tokens,
+             "tokens of a prompt (default: 512), or of an encoder's sentence (default: 16)");
+  flags->Add("context", &values->context, "tokens before the first decoded one");
+  flags->Add("tokens", &values->tokens, "tokens decoded by each sequence");
+  flags->Add("rounds", &values->rounds, "measurements of each figure; the median counts");
+  flags->Add("json", &values->json, "one object on stdout");
+}
+
+absl::Status CheckPositive(const char* name, int64_t value, int64_t max) {
+  if (value >= 1 && value <= max) return absl::OkStatus();
+  return UsageError(absl::StrCat("--", name, ": expected 1 to ", max, "; was ", value));
+}
+
+absl::StatusOr<BenchPlan> MakePlan(const BenchFlags& flags, const NestedModel& model) {
+  const int64_t context_length = model.spec().context_length;
+  const bool is_encoder = model.spec().is_encoder();
+  BenchPlan plan = {
+      .threads = flags.threads == 0 ? AvailableCpus() : static_cast<int>(flags.threads),
+      .levels = {},
+      .rows = {},
+      .prompt_tokens =
+          flags.prompt_tokens.value_or(std::min<int64_t>(is_encoder ? 16 : 512, context_length)),
+      .context = flags.context,
+      .tokens = flags.tokens,
+      .rounds = static_cast<int>(flags.rounds)};
+  if (flags.threads != 0) NESTOR_RETURN_IF_ERROR(CheckPositive("threads", flags.threads, 1024));
+  // A text of an encoder runs in one step.
+  NESTOR_RETURN_IF_ERROR(
+      CheckPositive("prompt-tokens", plan.prompt_tokens,
+                    is_encoder ? std::min(context_length, kMaxStepRows) : context_length));
+  NESTOR_RETURN_IF_ERROR(CheckPositive("rounds", flags.rounds, 1000));
+  if (!is_encoder) {
+    NESTOR_RETURN_IF_ERROR(CheckPositive("context", flags.context, context_length - 1));
+    NESTOR_RETURN_IF_ERROR(CheckPositive("tokens", flags.tokens, context_length - flags.context));
+  }
+  const int num_levels = static_cast<int>(model.levels().size());
+  if (flags.levels) {
+    NESTOR_ASSIGN_OR_RETURN(plan.levels, ParseIntegers("levels", *flags.levels, 0, num_levels - 1));
+  } else {
+    plan.levels.resize(num_levels);
+    std::iota(plan.levels.begin(), plan.levels.end(), 0);
+  }
+  NESTOR_ASSIGN_OR_RETURN(plan.rows, ParseIntegers("rows", flags.rows, 1, kMaxRows));
+  return plan;
+}
+
+// A cache that holds what the plan needs and no more: the default would take a large part of the
+// machine's memory.
+EngineOptions OptionsFor(const BenchPlan& plan, const ModelSpec& spec) {
+  EngineOptions options = {.max_step_rows = kMaxStepRows};
+  options.max_sequences =
+      std::max<int64_t>({kTextsInBatch, static_cast<int64_t>(plan.levels.size()) * 4,
+                         *std::max_element(plan.rows.begin(), plan.rows.end())});
+  const int64_t length = std::max(plan.prompt_tokens, plan.context + plan.tokens);
+  const int64_t positions = options.max_sequences * (length + options.page_size);
+  // Keys and values, at the widest type that a backend may keep them in.
+  options.kv_cache_bytes = positions * spec.num_blocks * 2 * spec.num_kv_heads * spec.head_dim *
+                           static_cast<int64_t>(sizeof(double));
+  return options;
+}
+
+using Job = std::function<absl::StatusOr<Measurement>()>;
+
+void AddDecoderJobs(const BenchPlan& plan, EngineTimer* timer, BenchReport* report,
+                    std::vector<Job>* jobs, std::vector<Measurement*>* results) {
+  // Reserved, since `results` points into them.
+  report->decode.reserve(plan.levels.size() * plan.rows.size());
+  report->prefill.reserve(plan.levels.size());
+  report->mixed.reserve(2);
+  for (const int rows : plan.rows) {
+    for (const int level : plan.levels) {
+      report->decode.push_back({.level = level, .rows = rows, .measured = {}});
+      results->push_back(&report->decode.back().measured);
+      jobs->push_back([=] {
+        return timer->Decode({.levels = std::vector<int>(rows, level),
+                              .context = plan.context,
+                              .steps = plan.tokens});
+      });
+    }
+  }
+  for (const int level : plan.levels) {
+    report->prefill.push_back({.level = level, .measured = {}});
+    results->push_back(&report->prefill.back().measured);
+    jobs->push_back([=] { return timer->Prefill(level, plan.prompt_tokens); });
+  }
+  if (plan.levels.size() < 2) return;
+  for (const int rows_each : {1, 4}) {
+    std::vector<int> levels;
+    for (int i = 0; i < rows_each; ++i) {
+      levels.insert(levels.end(), plan.levels.begin(), plan.levels.end());
+    }
+    report->mixed.emplace_back().rows = static_cast<int64_t>(levels.size());
+    for (const bool in_one_pass : {true, false}) {
+      MixedRow& row = report->mixed.back();
+      results->push_back(in_one_pass ? &row.one_pass : &row.pass_per_level);
+      jobs->push_back([=] {
+        return timer->Decode({.levels = levels,
+                              .context = plan.context,
+                              .steps = plan.tokens,
+                              .in_one_pass = in_one_pass});
+      });
+    }
+  }
+}
+
+void AddEncoderJobs(const BenchPlan& plan, EngineTimer* timer, BenchReport* report,
+                    std::vector<Job>* jobs, std::vector<Measurement*>* results) {
+  report->embed.reserve(plan.levels.size());
+  for (const int level : plan.levels) {
+    report->embed.push_back({.level = level, .measured = {}});
+    results->push_back(&report->embed.back().measured);
+    jobs->push_back([=] { return timer->Embed(level, kTextsInBatch, plan.prompt_tokens); });
+  }
+}
+
+absl::StatusOr<BenchReport> RunAll(const std::string& directory, const BenchFlags& flags) {
+  NESTOR_ASSIGN_OR_RETURN(std::unique_ptr<NestedModel> model, NestedModel::Open(directory));
+  NESTOR_ASSIGN_OR_RETURN(const BenchPlan plan, MakePlan(flags, *model));
+  BenchReport report;
+  report.model = directory;
+  report.cpu = DescribeCpu(BestInstructionSet());
+  report.is_encoder = model->spec().is_encoder();
+  report.plan = plan;
+  // Before the weights are loaded: the probe needs memory of its own.
+  NESTOR_ASSIGN_OR_RETURN(report.read_gbps, MeasureReadBandwidth(plan.threads));
+  const EngineOptions options = OptionsFor(plan, model->spec());
+  NESTOR_ASSIGN_OR_RETURN(
+      std::unique_ptr<Backend> backend,
+      MakeCpuBackend({.num_threads = plan.threads, .instruction_set = std::nullopt}));
+  NESTOR_ASSIGN_OR_RETURN(const std::unique_ptr<Engine> engine,
+                          Engine::Create(std::move(model), std::move(backend), options));
+  EngineTimer timer(engine.get());
+  std::vector<Job> jobs;
+  std::vector<Measurement*> results;
+  if (report.is_encoder) {
+    AddEncoderJobs(plan, &timer, &report, &jobs, &results);
+  } else {
+    AddDecoderJobs(plan, &timer, &report, &jobs, &results);
+  }
+  Progress progress("bench", static_cast<int64_t>(jobs.size()) * (plan.rounds + 1));
+  NESTOR_ASSIGN_OR_RETURN(const std::vector<Measurement> medians,
+                          MedianOfRounds(jobs, plan.rounds, &progress));
+  for (size_t i = 0; i < medians.size(); ++i) *results[i] = medians[i];
+  return report;
+}
+
+nlohmann::json ToJson(const BenchReport& report) {
+  nlohmann::json decode = nlohmann::json::array();
+  for (const DecodeRow& row : report.decode) {
+    decode.push_back({{"level", row.level},
+                      {"rows", row.rows},
+                      {"tokens_per_second", row.measured.tokens_per_second()},
+                      {"weight_gbps", row.measured.weight_gbps()}});
+  }
+  nlohmann::json prefill = nlohmann::json::array();
+  for (const PromptRow& row : report.prefill) {
+    prefill.push_back({{"level", row.level},
+                       {"tokens", row.measured.tokens},
+                       {"tokens_per_second", row.measured.tokens_per_second()}});
+  }
+  nlohmann::json embed = nlohmann::json::array();
+  for (const PromptRow& row : report.embed) {
+    embed.push_back({{"level", row.level},
+                     {"sentences", kTextsInBatch},
+                     {"tokens", report.plan.prompt_tokens},
+                     {"sentences_per_second", kTextsInBatch / row.measured.seconds},
+                     {"tokens_per_second", row.measured.tokens_per_second()}});
+  }
+  nlohmann::json mixed = nlohmann::json::array();
+  for (const MixedRow& row : report.mixed) {
+    mixed.push_back({{"levels", report.plan.levels},
+                     {"rows", row.rows},
+                     {"tokens_per_second", row.one_pass.tokens_per_second()},
+                     {"tokens_per_second_pass_per_level", row.pass_per_level.tokens_per_second()}});
+  }
+  return {{"model", report.model},          {"cpu", report.cpu},
+          {"threads", report.plan.threads}, {"read_gbps", report.read_gbps},
+          {"rounds", report.plan.rounds},   {"decode", std::move(decode)},
+          {"prefill", std::move(prefill)},  {"embed", std::move(embed)},
+          {"mixed", std::move(mixed)}};
+}
+
+void PrintDecoderTables(const BenchReport& report) {
+  TextTable decode({"decode: level", "rows", "tokens/s", "weight GB/s", "of read bandwidth"});
+  for (const DecodeRow& row : report.decode) {
+    const double gbps = row.measured.weight_gbps();
+    decode.AddRow({absl::StrCat(row.level), absl::StrCat(row.rows),
+                   absl::StrFormat("%.1f", row.measured.tokens_per_second()),
+                   absl::StrFormat("%.1f", gbps),
+                   absl::StrFormat("%.0f %%", 100 * gbps / report.read_gbps)});
+  }
+  TextTable prefill({"prefill: level", "tokens", "tokens/s"});
+  for (const PromptRow& row : report.prefill) {
+    prefill.AddRow({absl::StrCat(row.level), absl::StrCat(row.measured.tokens),
+                    absl::StrFormat("%.1f", row.measured.tokens_per_second())});
+  }
+  absl::PrintF("%s\n%s", decode.Render(), prefill.Render());
+  if (report.mixed.empty()) return;
+  TextTable mixed({"mixed: rows", "tokens/s in one pass", "in one pass per level"});
+  for (const MixedRow& row : report.mixed) {
+    mixed.AddRow({absl::StrCat(row.rows), absl::StrFormat("%.1f", row.one_pass.tokens_per_second()),
+                  absl::StrFormat("%.1f", row.pass_per_level.tokens_per_second())});
+  }
+  absl::PrintF("\n%s", mixed.Render());
+}
+
+void PrintTables(const BenchReport& report) {
+  absl::PrintF("%s, %d threads, reads %.1f GB/s; medians of %d rounds\n\n", report.cpu,
+               report.plan.threads, report.read_gbps, report.plan.rounds);
+  if (!report.is_encoder) return PrintDecoderTables(report);
+  TextTable embed({"embed: level", "sentences", "tokens each", "sentences/s", "tokens/s"});
+  for (const PromptRow& row : report.embed) {
+    embed.AddRow({absl::StrCat(row.level), absl::StrCat(kTextsInBatch),
+                  absl::StrCat(report.plan.prompt_tokens),
+                  absl::StrFormat("%.1f", kTextsInBatch / row.measured.seconds),
+                  absl::StrFormat("%.0f", row.measured.tokens_per_second())});
+  }
+  absl::PrintF("%s", embed.Render());
+}
+
+}  // namespace
+
+absl::Status RunBench(const std::vector<std::string>& arguments) {
+  BenchFlags values;
+  Flags flags(
+      "nestor bench MODEL_DIR [flags]\n\n"
+      "Measures what this machine reads from memory, then the speed of every level: decoding and\n"
+      "prefill, or embedding for an encoder. Levels take turns, and medians of several rounds are\n"
+      "printed, since machines are noisy. Prompts are random tokens. Needs no daemon.",
+      "nestor bench models/smollm2-135m-instruct.nested --threads 2 --rows 1,4");
+  Declare(&flags, &values);
+  NESTOR_ASSIGN_OR_RETURN(const std::vector<std::string> positional, flags.Parse(arguments));
+  if (positional.size() != 1) {
+    return UsageError(absl::StrCat("expected one model directory; got ", positional.size()));
+  }
+  NESTOR_ASSIGN_OR_RETURN(const BenchReport report, RunAll(positional[0], values));
+  if (values.json) {
+    absl::PrintF("%s\n", ToJson(report).dump(2));
+  } else {
+    PrintTables(report);
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace nestor

@@ -1,0 +1,191 @@
+#include "nestor/bench_measure.h"
+
+#include <algorithm>
+#include <chrono>
+#include <map>
+
+#include "base/check.h"
+#include "base/status_macros.h"
+#include "engine/sampler.h"
+#include "nestor/statistics.h"
+
+namespace nestor {
+namespace {
+
+// One row that decodes: its sequence and the token that it runs next.
+struct Row {
+  SequenceId sequence = 0;
+  int level = 0;
+  int32_t next_token = 0;
+  Sampler sampler{SamplingOptions{}};
+};
+
+// Removes the sequences that were added, whatever happened in between.
+class Sequences {
+ public:
+  explicit Sequences(Engine* engine) : engine_(engine) {}
+  ~Sequences() {
+    for (const SequenceId sequence : added_) engine_->RemoveSequence(sequence);
+  }
+  Sequences(const Sequences&) = delete;
+  Sequences& operator=(const Sequences&) = delete;
+
+  absl::StatusOr<SequenceId> Add(int64_t length) {
+    NESTOR_ASSIGN_OR_RETURN(const SequenceId sequence, engine_->AddSequence(length));
+    added_.push_back(sequence);
+    return sequence;
+  }
+
+ private:
+  Engine* const engine_;
+  std::vector<SequenceId> added_;
+};
+
+absl::StatusOr<StepResult> CheckedStep(Engine* engine, const StepPlan& plan) {
+  NESTOR_ASSIGN_OR_RETURN(StepResult result, engine->Step(plan));
+  for (const StepResult::Entry& entry : result.entries) NESTOR_RETURN_IF_ERROR(entry.status);
+  return result;
+}
+
+// Runs `tokens` of one sequence in chunks; the result is that of the last chunk.
+absl::StatusOr<StepResult> RunPrompt(Engine* engine, SequenceId sequence, int level,
+                                     std::span<const int32_t> tokens, int64_t* weight_bytes) {
+  const auto chunk = static_cast<size_t>(engine->options().max_step_rows);
+  while (true) {
+    const bool is_last = tokens.size() <= chunk;
+    const std::span<const int32_t> head = tokens.first(std::min(tokens.size(), chunk));
+    const StepPlan plan = {
+        .entries = {{.sequence = sequence,
+                     .tokens = head,
+                     .level = level,
+                     .output = is_last ? StepEntry::Output::kLastLogits : StepEntry::Output::kNone,
+                     .targets = {}}}};
+    NESTOR_ASSIGN_OR_RETURN(StepResult result, CheckedStep(engine, plan));
+    *weight_bytes += result.executed.weight_bytes;
+    if (is_last) return result;
+    tokens = tokens.subspan(chunk);
+  }
+}
+
+// One token for each of `rows`, in one pass.
+absl::Status DecodeStep(Engine* engine, std::span<Row* const> rows, int64_t* weight_bytes) {
+  StepPlan plan;
+  for (const Row* row : rows) {
+    plan.entries.push_back({.sequence = row->sequence,
+                            .tokens = {&row->next_token, 1},
+                            .level = row->level,
+                            .output = StepEntry::Output::kLastLogits,
+                            .targets = {}});
+  }
+  NESTOR_ASSIGN_OR_RETURN(const StepResult result, CheckedStep(engine, plan));
+  for (size_t i = 0; i < rows.size(); ++i) {
+    rows[i]->next_token = rows[i]->sampler.Sample(result.entries[i].values);
+  }
+  *weight_bytes += result.executed.weight_bytes;
+  return absl::OkStatus();
+}
+
+// The rows of each pass of a step.
+std::vector<std::vector<Row*>> PassesOf(std::vector<Row>* rows, bool in_one_pass) {
+  std::map<int, std::vector<Row*>> passes;
+  for (Row& row : *rows) passes[in_one_pass ? 0 : row.level].push_back(&row);
+  std::vector<std::vector<Row*>> list;
+  for (auto& [level, pass] : passes) list.push_back(std::move(pass));
+  return list;
+}
+
+double SecondsSince(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+}  // namespace
+
+absl::StatusOr<std::vector<Measurement>> MedianOfRounds(
+    const std::vector<std::function<absl::StatusOr<Measurement>()>>& jobs, int rounds,
+    Progress* progress) {
+  NESTOR_CHECK(rounds >= 1);
+  std::vector<Measurement> medians(jobs.size());
+  std::vector<std::vector<double>> seconds(jobs.size());
+  for (int round = -1; round < rounds; ++round) {
+    for (size_t i = 0; i < jobs.size(); ++i) {
+      NESTOR_ASSIGN_OR_RETURN(medians[i], jobs[i]());
+      if (round >= 0) seconds[i].push_back(medians[i].seconds);
+      progress->Advance();
+    }
+  }
+  for (size_t i = 0; i < jobs.size(); ++i) medians[i].seconds = Median(seconds[i]);
+  return medians;
+}
+
+std::vector<int32_t> EngineTimer::RandomTokens(int64_t count) {
+  std::uniform_int_distribution<int32_t> any(
+      0, static_cast<int32_t>(engine_->model().spec().vocabulary) - 1);
+  std::vector<int32_t> tokens(count);
+  for (int32_t& token : tokens) token = any(random_);
+  return tokens;
+}
+
+absl::StatusOr<Measurement> EngineTimer::Decode(const DecodeShape& shape) {
+  NESTOR_CHECK(shape.context >= 1);
+  Sequences sequences(engine_);
+  std::vector<Row> rows;
+  Measurement measurement;
+  for (const int level : shape.levels) {
+    NESTOR_ASSIGN_OR_RETURN(const SequenceId id, sequences.Add(shape.context + shape.steps));
+    Row row = {.sequence = id, .level = level};
+    int64_t prompt_bytes = 0;
+    NESTOR_ASSIGN_OR_RETURN(
+        const StepResult result,
+        RunPrompt(engine_, id, level, RandomTokens(shape.context), &prompt_bytes));
+    row.next_token = row.sampler.Sample(result.entries[0].values);
+    rows.push_back(std::move(row));
+  }
+  const std::vector<std::vector<Row*>> passes = PassesOf(&rows, shape.in_one_pass);
+  const auto start = std::chrono::steady_clock::now();
+  for (int64_t step = 0; step < shape.steps; ++step) {
+    for (const std::vector<Row*>& pass : passes) {
+      NESTOR_RETURN_IF_ERROR(DecodeStep(engine_, pass, &measurement.weight_bytes));
+    }
+  }
+  measurement.seconds = SecondsSince(start);
+  measurement.tokens = static_cast<int64_t>(rows.size()) * shape.steps;
+  return measurement;
+}
+
+absl::StatusOr<Measurement> EngineTimer::Prefill(int level, int64_t tokens) {
+  const std::vector<int32_t> prompt = RandomTokens(tokens);
+  Sequences sequences(engine_);
+  NESTOR_ASSIGN_OR_RETURN(const SequenceId id, sequences.Add(tokens));
+  Measurement measurement = {.tokens = tokens};
+  const auto start = std::chrono::steady_clock::now();
+  NESTOR_RETURN_IF_ERROR(RunPrompt(engine_, id, level, prompt, &measurement.weight_bytes).status());
+  measurement.seconds = SecondsSince(start);
+  return measurement;
+}
+
+absl::StatusOr<Measurement> EngineTimer::Embed(int level, int64_t texts, int64_t tokens_each) {
+  std::vector<std::vector<int32_t>> tokens;
+  for (int64_t i = 0; i < texts; ++i) tokens.push_back(RandomTokens(tokens_each));
+  const int64_t texts_in_step =
+      std::max<int64_t>(1, engine_->options().max_step_rows / tokens_each);
+  Measurement measurement = {.tokens = texts * tokens_each};
+  const auto start = std::chrono::steady_clock::now();
+  for (int64_t begin = 0; begin < texts; begin += texts_in_step) {
+    Sequences sequences(engine_);
+    StepPlan plan;
+    for (int64_t i = begin; i < std::min(texts, begin + texts_in_step); ++i) {
+      NESTOR_ASSIGN_OR_RETURN(const SequenceId id, sequences.Add(tokens_each));
+      plan.entries.push_back({.sequence = id,
+                              .tokens = tokens[i],
+                              .level = level,
+                              .output = StepEntry::Output::kEmbedding,
+                              .targets = {}});
+    }
+    NESTOR_ASSIGN_OR_RETURN(const StepResult result, CheckedStep(engine_, plan));
+    measurement.weight_bytes += result.executed.weight_bytes;
+  }
+  measurement.seconds = SecondsSince(start);
+  return measurement;
+}
+
+}  // namespace nestor

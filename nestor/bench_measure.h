@@ -1,0 +1,59 @@
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <random>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "base/progress.h"
+#include "engine/engine.h"
+
+namespace nestor {
+
+// What one timed run of the engine did.
+struct Measurement {
+  double seconds = 0;
+  int64_t tokens = 0;
+  int64_t weight_bytes = 0;  // counted by the backend during the run
+
+  double tokens_per_second() const { return static_cast<double>(tokens) / seconds; }
+  double weight_gbps() const { return static_cast<double>(weight_bytes) / seconds / 1e9; }
+};
+
+// Runs `jobs` one after the other, `rounds` times over and once before that uncounted, so that a
+// machine's slow moments fall on all of them alike; gives each job's median time. Every job must
+// do the same work in each round. REQUIRES: rounds >= 1.
+absl::StatusOr<std::vector<Measurement>> MedianOfRounds(
+    const std::vector<std::function<absl::StatusOr<Measurement>()>>& jobs, int rounds,
+    Progress* progress);
+
+// Times the engine's steps, with random prompts and greedy sampling, as a daemon with nothing else
+// to do would run them. What it adds to the engine it removes again. Not thread-safe; `engine` is
+// borrowed. Errors are the engine's own.
+class EngineTimer {
+ public:
+  explicit EngineTimer(Engine* engine) : engine_(engine) {}
+
+  struct DecodeShape {
+    std::vector<int> levels;  // one for each row
+    int64_t context = 16;     // random tokens before the first step, not timed
+    int64_t steps = 64;
+    // false: each step takes one pass for every level among the rows, instead of one for all.
+    bool in_one_pass = true;
+  };
+  // One token for every row in each of the steps. REQUIRES: context >= 1.
+  absl::StatusOr<Measurement> Decode(const DecodeShape& shape);
+  // A prompt of `tokens`, in chunks of the engine's max_step_rows, up to its last logits.
+  absl::StatusOr<Measurement> Prefill(int level, int64_t tokens);
+  // Encoders: texts of `tokens_each`, as many in a step as max_step_rows allows.
+  absl::StatusOr<Measurement> Embed(int level, int64_t texts, int64_t tokens_each);
+
+ private:
+  std::vector<int32_t> RandomTokens(int64_t count);
+
+  Engine* const engine_;
+  std::mt19937 random_{20250131};
+};
+
+}  // namespace nestor

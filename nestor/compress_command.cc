@@ -1,0 +1,91 @@
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "base/status_macros.h"
+#include "compress/pipeline.h"
+#include "compress/report.h"
+#include "kernels/cpu/cpu_backend.h"
+#include "nestor/command.h"
+#include "nestor/flags.h"
+
+namespace nestor {
+namespace {
+
+absl::StatusOr<LadderChoice> ParseLadder(const std::string& name) {
+  if (name == "residual") return LadderChoice::kResidual;
+  if (name == "prefix") return LadderChoice::kPrefix;
+  if (name == "both") return LadderChoice::kBoth;
+  return UsageError(
+      absl::StrCat("--ladder: expected residual, prefix or both; was \"", name, "\""));
+}
+
+absl::StatusOr<DenseStorage> ParseDtype(const std::string& name) {
+  if (name == "int8") return DenseStorage::kPlanes;
+  if (name == "bf16") return DenseStorage::kBf16;
+  return UsageError(absl::StrCat("--dtype: expected int8 or bf16; was \"", name, "\""));
+}
+
+}  // namespace
+
+absl::Status RunCompress(const std::vector<std::string>& arguments) {
+  CompressOptions options;
+  options.corpus.calibration_tokens = 12288;
+  std::string ladder = "residual";
+  std::string dtype = "int8";
+  int64_t levels = options.levels;
+  bool prints_json = false;
+  Flags flags("nestor compress HF_DIR OUT --calibration FILE [flags]",
+              "nestor compress models/smollm2-135m-instruct models/smollm2-135m-instruct.nested "
+              "--calibration prose.txt --levels 6");
+  flags.Add("calibration", &options.corpus.calibration_paths,
+            "text to calibrate with, UTF-8; may be given several times");
+  flags.Add("evaluation", &options.corpus.evaluation_path,
+            "text to measure the levels on; without it the last fifth of the calibration text, "
+            "which then does not calibrate");
+  flags.Add("ladder", &ladder, "residual (cheaper bytes), prefix (cheaper FLOPs) or both");
+  flags.Add("dtype", &dtype, "of the full level: int8 or bf16");
+  flags.Add("levels", &levels, "levels of each ladder, beside the full one");
+  flags.Add("calibration-tokens", &options.corpus.calibration_tokens,
+            "tokens of text to calibrate with");
+  flags.Add("evaluation-tokens", &options.evaluation_tokens,
+            "tokens of text to measure each level on; 4096, of an encoder 32768, unless given");
+  flags.Add(
+      "self-sample", &options.self_sample_tokens,
+      "tokens that the model writes itself, added to the calibration text; of a language model "
+      "as many as --calibration-tokens unless given");
+  flags.Add("max-residual-rank", &options.max_residual_rank, "most components of a residual");
+  flags.Add("max-head-residual-rank", &options.max_head_residual_rank, "the same for the head");
+  flags.Add("force", &options.overwrites, "replace OUT where it exists");
+  flags.Add("json", &prints_json, "print the levels as one JSON object");
+  NESTOR_ASSIGN_OR_RETURN(const std::vector<std::string> positional, flags.Parse(arguments));
+  if (positional.size() != 2) return UsageError("expected two arguments, HF_DIR and OUT");
+  if (options.corpus.calibration_paths.empty()) return UsageError("--calibration is missing");
+  options.source = positional[0];
+  options.output = positional[1];
+  NESTOR_ASSIGN_OR_RETURN(options.ladder, ParseLadder(ladder));
+  NESTOR_ASSIGN_OR_RETURN(options.dense, ParseDtype(dtype));
+  NESTOR_ASSIGN_OR_RETURN(options.levels, ToInt32("levels", levels));
+  options.threads = AvailableCpus();
+  options.make_backend = [] { return MakeCpuBackend({}); };
+
+  NESTOR_ASSIGN_OR_RETURN(const CompressReport report, Compress(options));
+  if (prints_json) {
+    const nlohmann::json json = {{"artifact", options.output},
+                                 {"levels", LevelReport(report.levels)},
+                                 {"notes", report.notes},
+                                 {"calibration_tokens", report.calibration_tokens},
+                                 {"evaluation_tokens", report.evaluation_tokens}};
+    absl::PrintF("%s\n", json.dump(2));
+    return absl::OkStatus();
+  }
+  absl::PrintF("%s\n", LevelTable(report.levels));
+  for (const std::string& note : report.notes) absl::PrintF("%s\n", note);
+  absl::PrintF("%s: calibrated on %d tokens, measured on %d held-out tokens\n", options.output,
+               report.calibration_tokens, report.evaluation_tokens);
+  return absl::OkStatus();
+}
+
+}  // namespace nestor

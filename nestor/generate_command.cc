@@ -1,0 +1,185 @@
+#include <chrono>
+#include <cstdio>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/strings/str_format.h"
+#include "base/status_macros.h"
+#include "nestor/client.h"
+#include "nestor/command.h"
+#include "nestor/flags.h"
+#include "nestor/text_input.h"
+#include "nestor/usage.h"
+
+namespace nestor {
+namespace {
+
+struct GenerateFlags {
+  ConnectionFlags connection;
+  BudgetFlags budget;
+  std::optional<std::string> prompt_file;
+  bool chat = false;
+  std::optional<std::string> system;
+  std::optional<int64_t> max_tokens;
+  std::optional<double> temperature;
+  std::optional<int64_t> top_k;
+  std::optional<double> top_p;
+  std::optional<double> repetition_penalty;
+  std::optional<int64_t> seed;
+  std::vector<std::string> stop;
+  bool ignore_eos = false;
+  bool truncate = false;
+  bool json = false;
+};
+
+void Declare(Flags* flags, GenerateFlags* values) {
+  flags->Add("prompt-file", &values->prompt_file, "reads the prompt from a file, - for stdin");
+  flags->Add("chat", &values->chat, "the prompt is a user's message, set in the chat template");
+  flags->Add("system", &values->system, "the system message before it; needs --chat");
+  flags->Add("max-tokens", &values->max_tokens, "tokens to generate at most");
+  flags->Add("temperature", &values->temperature, "0 is greedy, the default");
+  flags->Add("top-k", &values->top_k, "samples from the K likeliest tokens");
+  flags->Add("top-p", &values->top_p,
+             "samples from the likeliest tokens of this joint probability");
+  flags->Add("repetition-penalty", &values->repetition_penalty, "above 1: fewer repetitions");
+  flags->Add("seed", &values->seed, "same seed, same level: same text");
+  flags->Add("stop", &values->stop,
+             "ends at this text, which is left out; may be given several times");
+  flags->Add("ignore-eos", &values->ignore_eos, "goes on past the end-of-text token");
+  flags->Add("truncate", &values->truncate, "cuts the oldest part of a prompt that is too long");
+  AddBudgetFlags(flags, &values->budget);
+  AddConnectionFlags(flags, &values->connection);
+  flags->Add("json", &values->json, "one object on stdout, once the text is complete");
+}
+
+void SetPrompt(const GenerateFlags& flags, const std::string& text, v1::GenerateRequest* request) {
+  if (!flags.chat) {
+    request->set_text(text);
+    return;
+  }
+  const auto add_message = [&](const std::string& role, const std::string& content) {
+    v1::ChatMessage* message = request->mutable_chat()->add_messages();
+    message->set_role(role);
+    message->set_content(content);
+  };
+  if (flags.system) add_message("system", *flags.system);
+  add_message("user", text);
+}
+
+absl::Status SetSampling(const GenerateFlags& flags, v1::Sampling* sampling) {
+  if (flags.temperature) sampling->set_temperature(*flags.temperature);
+  if (flags.top_k) {
+    NESTOR_ASSIGN_OR_RETURN(const int32_t top_k, ToInt32("top-k", *flags.top_k));
+    sampling->set_top_k(top_k);
+  }
+  if (flags.top_p) sampling->set_top_p(*flags.top_p);
+  if (flags.repetition_penalty) sampling->set_repetition_penalty(*flags.repetition_penalty);
+  if (flags.seed) {
+    if (*flags.seed < 0) {
+      return UsageError(absl::StrFormat("--seed: expected 0 or more; was %d", *flags.seed));
+    }
+    sampling->set_seed(static_cast<uint64_t>(*flags.seed));
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<v1::GenerateRequest> MakeRequest(const GenerateFlags& flags,
+                                                const std::vector<std::string>& positional) {
+  if (flags.system && !flags.chat) return UsageError("--system needs --chat");
+  NESTOR_ASSIGN_OR_RETURN(const std::string text,
+                          ReadText(positional, flags.prompt_file, "prompt-file"));
+  if (flags.system) NESTOR_RETURN_IF_ERROR(CheckUtf8("--system", *flags.system));
+  v1::GenerateRequest request;
+  SetPrompt(flags, text, &request);
+  NESTOR_RETURN_IF_ERROR(SetSampling(flags, request.mutable_sampling()));
+  if (flags.max_tokens) {
+    NESTOR_ASSIGN_OR_RETURN(const int32_t max_tokens, ToInt32("max-tokens", *flags.max_tokens));
+    request.set_max_tokens(max_tokens);
+  }
+  request.set_ignore_eos(flags.ignore_eos);
+  request.set_truncate(flags.truncate);
+  for (const std::string& stop : flags.stop) {
+    NESTOR_RETURN_IF_ERROR(CheckUtf8("--stop", stop));
+    request.add_stop(stop);
+  }
+  NESTOR_ASSIGN_OR_RETURN(*request.mutable_budget(), BudgetOf(flags.budget));
+  return request;
+}
+
+// A whole stream, put together.
+struct Generation {
+  std::string request_id;
+  std::string text;
+  std::vector<int32_t> tokens;
+  v1::FinishReason finish_reason = v1::FINISH_REASON_UNSPECIFIED;
+  v1::Usage usage;
+  StreamTiming timing;
+};
+
+void Append(const v1::GenerateResponse& message, absl::Duration elapsed, Generation* generation) {
+  if (!message.request_id().empty()) generation->request_id = message.request_id();
+  generation->text += message.text();
+  generation->tokens.insert(generation->tokens.end(), message.tokens().begin(),
+                            message.tokens().end());
+  generation->timing.Record(elapsed, message.tokens_size());
+  if (message.finish_reason() != v1::FINISH_REASON_UNSPECIFIED) {
+    generation->finish_reason = message.finish_reason();
+  }
+  if (message.has_usage()) generation->usage = message.usage();
+}
+
+// Text that has arrived is printed even where the stream ends in an error.
+absl::StatusOr<Generation> Stream(Connection* connection, const v1::GenerateRequest& request,
+                                  bool prints_text) {
+  const auto start = std::chrono::steady_clock::now();
+  const std::unique_ptr<grpc::ClientContext> context = connection->MakeContext();
+  const auto reader = connection->inference().Generate(context.get(), request);
+  Generation generation;
+  v1::GenerateResponse message;
+  while (reader->Read(&message)) {
+    Append(message, absl::FromChrono(std::chrono::steady_clock::now() - start), &generation);
+    if (prints_text && !message.text().empty()) {
+      std::fwrite(message.text().data(), 1, message.text().size(), stdout);
+      std::fflush(stdout);
+    }
+  }
+  if (prints_text && !generation.text.empty()) std::fputc('\n', stdout);
+  NESTOR_RETURN_IF_ERROR(connection->ToStatus(reader->Finish()));
+  return generation;
+}
+
+void PrintJson(const Generation& generation) {
+  const nlohmann::json json = {{"text", generation.text},
+                               {"tokens", generation.tokens},
+                               {"finish_reason", NameOf(generation.finish_reason)},
+                               {"request_id", generation.request_id},
+                               {"usage", ToJson(generation.usage, generation.timing)}};
+  absl::PrintF("%s\n", json.dump(2));
+}
+
+}  // namespace
+
+absl::Status RunGenerate(const std::vector<std::string>& arguments) {
+  GenerateFlags values;
+  Flags flags(
+      "nestor generate PROMPT | --prompt-file FILE [flags]\n\n"
+      "Prints the text to stdout as it arrives, then a usage line to stderr: the levels that ran,\n"
+      "relative cost, expected quality, tokens per second, time to first token.",
+      "nestor generate --chat --max-cost 0.6 --max-tokens 64 \"What is a low-rank matrix?\"");
+  Declare(&flags, &values);
+  NESTOR_ASSIGN_OR_RETURN(const std::vector<std::string> positional, flags.Parse(arguments));
+  NESTOR_ASSIGN_OR_RETURN(const v1::GenerateRequest request, MakeRequest(values, positional));
+  Connection connection(values.connection);
+  NESTOR_ASSIGN_OR_RETURN(const Generation generation, Stream(&connection, request, !values.json));
+  if (values.json) {
+    PrintJson(generation);
+  } else {
+    std::fflush(stdout);
+    absl::FPrintF(stderr, "[%s]\n", UsageLine(generation.usage, generation.timing));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace nestor

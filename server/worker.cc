@@ -1,0 +1,409 @@
+#include "server/worker.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "base/check.h"
+#include "base/json_log.h"
+#include "server/scheduler/admission.h"
+
+namespace nestor {
+namespace {
+
+// The retry hint before anything has ended.
+constexpr Duration kFirstEndInterval = std::chrono::milliseconds(100);
+
+absl::Status DrainStatus() {
+  return absl::UnavailableError("the server shut down before the request had ended");
+}
+
+absl::Status DeadlineStatus(const char* where) {
+  return absl::DeadlineExceededError(absl::StrCat("the deadline passed ", where));
+}
+
+// Fraction of the KV cache in use; an encoder has none.
+double KvCacheUsage(const Engine& engine) {
+  if (engine.num_pages() == 0) return 0;
+  return 1 - static_cast<double>(engine.free_pages()) / static_cast<double>(engine.num_pages());
+}
+
+}  // namespace
+
+Worker::Worker(std::unique_ptr<Engine> engine, Ladder ladder, CostModel cost_model,
+               WorkerOptions options, Events* events)
+    : engine_(std::move(engine)),
+      ladder_(std::move(ladder)),
+      options_(std::move(options)),
+      events_(events),
+      cost_model_(std::move(cost_model)),
+      end_interval_(kFirstEndInterval),
+      last_end_(Clock::now()),
+      thread_([this] { Run(); }) {}
+
+Worker::~Worker() {
+  {
+    MutexLock lock(&mutex_);
+    is_closed_ = true;
+    inbox_.stops = true;
+    has_inbox_ = true;
+    has_news_.NotifyOne();
+  }
+  thread_.join();
+}
+
+absl::StatusOr<std::vector<TaskId>> Worker::Submit(std::vector<std::unique_ptr<Task>> tasks) {
+  NESTOR_CHECK(!tasks.empty());
+  const TimePoint now = Clock::now();
+  MutexLock lock(&mutex_);
+  const AdmissionSnapshot snapshot = {.is_closed = is_closed_,
+                                      .num_waiting = queue_.size(),
+                                      .max_queue = options_.max_queue,
+                                      .retry_after = end_interval_};
+  const absl::Status admitted =
+      Admit(snapshot, static_cast<int64_t>(tasks.size()), tasks.front()->deadline, now);
+  if (!admitted.ok()) return admitted;
+  std::vector<TaskId> ids;
+  for (std::unique_ptr<Task>& task : tasks) {
+    const TaskId id = next_id_++;
+    queue_.Push({.id = id,
+                 .priority = task->sla.priority,
+                 .deadline = task->deadline,
+                 .length = static_cast<int64_t>(task->tokens.size()) + task->max_tokens});
+    waiting_.emplace(id, std::move(task));
+    ids.push_back(id);
+  }
+  num_tasks_ += static_cast<int64_t>(ids.size());
+  has_inbox_ = true;
+  has_news_.NotifyOne();
+  return ids;
+}
+
+void Worker::Cancel(TaskId id) {
+  std::vector<std::unique_ptr<Task>> tasks;
+  {
+    MutexLock lock(&mutex_);
+    if (queue_.Remove(id)) {
+      tasks = TakeWaiting({id});
+    } else {
+      inbox_.cancelled.push_back(id);
+      has_inbox_ = true;
+      has_news_.NotifyOne();
+    }
+  }
+  if (!tasks.empty()) {
+    const bool is_late = tasks.front()->deadline <= Clock::now();
+    EndWaiting(
+        tasks, is_late ? Failure::kDeadline : Failure::kCancelled,
+        is_late ? DeadlineStatus("in the queue") : absl::CancelledError("cancelled by the client"),
+        FinishReason::kComplete);
+  }
+}
+
+void Worker::Resume(TaskId id) {
+  MutexLock lock(&mutex_);
+  inbox_.resumed.push_back(id);
+  has_inbox_ = true;
+  has_news_.NotifyOne();
+}
+
+void Worker::CloseAdmission() {
+  MutexLock lock(&mutex_);
+  is_closed_ = true;
+}
+
+bool Worker::WaitUntilIdle(TimePoint limit) {
+  MutexLock lock(&mutex_);
+  while (num_tasks_ > 0) {
+    if (!is_idle_.WaitUntil(&mutex_, limit) && num_tasks_ > 0) return false;
+  }
+  return true;
+}
+
+void Worker::EndAll() {
+  MutexLock lock(&mutex_);
+  inbox_.ends_all = true;
+  has_inbox_ = true;
+  has_news_.NotifyOne();
+}
+
+void Worker::Run() {
+  std::optional<TimePoint> wait_until = TimePoint::max();
+  while (true) {
+    const Inbox inbox = TakeInbox(wait_until);
+    const TimePoint now = Clock::now();
+    EndCancelled(inbox.cancelled, now);
+    for (const TaskId id : inbox.resumed) {
+      const auto found = running_.find(id);
+      if (found != running_.end()) found->second->Resume();
+    }
+    if (inbox.ends_all || inbox.stops) EndAllTasks();
+    if (inbox.stops) return;
+    EndExpired(now);
+    StartWaiting(now);
+    const bool has_run = RunStep();
+    ReportLoad();
+    wait_until = has_run ? std::nullopt : std::make_optional(NextTimer());
+  }
+}
+
+Worker::Inbox Worker::TakeInbox(std::optional<TimePoint> wait_until) {
+  MutexLock lock(&mutex_);
+  while (wait_until.has_value() && !has_inbox_) {
+    if (*wait_until == TimePoint::max()) {
+      has_news_.Wait(&mutex_);
+    } else if (!has_news_.WaitUntil(&mutex_, *wait_until)) {
+      break;
+    }
+  }
+  has_inbox_ = false;
+  return std::exchange(inbox_, Inbox());
+}
+
+std::vector<std::unique_ptr<Task>> Worker::TakeWaiting(const std::vector<TaskId>& ids) {
+  std::vector<std::unique_ptr<Task>> tasks;
+  for (const TaskId id : ids) {
+    const auto found = waiting_.find(id);
+    NESTOR_CHECK(found != waiting_.end());
+    tasks.push_back(std::move(found->second));
+    waiting_.erase(found);
+  }
+  return tasks;
+}
+
+void Worker::EndWaiting(const std::vector<std::unique_ptr<Task>>& tasks, Failure failure,
+                        const absl::Status& status, FinishReason reason) {
+  if (tasks.empty()) return;
+  const TimePoint now = Clock::now();
+  for (const std::unique_ptr<Task>& task : tasks) {
+    TaskResult result;
+    result.finish_reason = reason;
+    result.usage.queue_time = now - task->arrival;
+    result.usage.has_target = task->sla.has_target();
+    result.usage.target_met = false;
+    {
+      MutexLock lock(&mutex_);
+      --num_tasks_;
+    }
+    events_->OnFailed(failure, result.usage);
+    task->output->Finish(status, std::move(result));
+  }
+  MutexLock lock(&mutex_);
+  if (num_tasks_ == 0) is_idle_.NotifyAll();
+}
+
+void Worker::EndCancelled(const std::vector<TaskId>& ids, TimePoint now) {
+  for (const TaskId id : ids) {
+    const auto found = running_.find(id);
+    if (found == running_.end()) continue;
+    RunningTask* task = found->second.get();
+    if (task->task().deadline <= now) {
+      Fail(task, Failure::kDeadline, DeadlineStatus("while the request ran"));
+    } else {
+      Fail(task, Failure::kCancelled, absl::CancelledError("cancelled by the client"));
+    }
+  }
+}
+
+void Worker::EndAllTasks() {
+  std::vector<std::unique_ptr<Task>> tasks;
+  {
+    MutexLock lock(&mutex_);
+    tasks = TakeWaiting(queue_.TakeAll());
+  }
+  EndWaiting(tasks, Failure::kDrain, DrainStatus(), FinishReason::kDrain);
+  while (!running_.empty()) {
+    Fail(running_.begin()->second.get(), Failure::kDrain, DrainStatus());
+  }
+}
+
+void Worker::EndExpired(TimePoint now) {
+  std::vector<std::unique_ptr<Task>> tasks;
+  {
+    MutexLock lock(&mutex_);
+    tasks = TakeWaiting(queue_.TakeExpired(now));
+  }
+  EndWaiting(tasks, Failure::kDeadline, DeadlineStatus("in the queue"), FinishReason::kComplete);
+  for (auto next = running_.begin(); next != running_.end();) {
+    RunningTask* task = (next++)->second.get();
+    if (task->task().deadline <= now) {
+      Fail(task, Failure::kDeadline, DeadlineStatus("while the request ran"));
+    } else if (task->is_paused() && *task->paused_since() + options_.stall_limit <= now) {
+      Fail(task, Failure::kSlowReader,
+           absl::AbortedError(absl::StrCat("the client did not read its stream for ",
+                                           SecondsOf(options_.stall_limit), " s")));
+    }
+  }
+}
+
+void Worker::StartWaiting(TimePoint now) {
+  while (static_cast<int64_t>(running_.size()) < options_.max_running) {
+    std::optional<QueuedTask> front;
+    {
+      MutexLock lock(&mutex_);
+      front = queue_.Front();
+    }
+    // The first in line waits for its room; nobody overtakes, so nobody starves.
+    if (!front.has_value() || !engine_->HasRoomFor(front->length)) return;
+    std::unique_ptr<Task> task;
+    {
+      MutexLock lock(&mutex_);
+      // It may have been cancelled in between.
+      if (!queue_.Remove(front->id)) continue;
+      task = std::move(TakeWaiting({front->id}).front());
+    }
+    absl::StatusOr<SequenceId> sequence = engine_->AddSequence(front->length);
+    if (!sequence.ok()) {
+      std::vector<std::unique_ptr<Task>> failed;
+      failed.push_back(std::move(task));
+      EndWaiting(failed, Failure::kInternal, sequence.status(), FinishReason::kComplete);
+      continue;
+    }
+    running_.emplace(front->id, std::make_unique<RunningTask>(front->id, std::move(task), *sequence,
+                                                              &engine_->tokenizer(), now));
+  }
+}
+
+bool Worker::RunStep() {
+  StepSnapshot snapshot = {.tasks = {},
+                           .limits = options_.limits,
+                           .cost_model = &cost_model_,
+                           .num_levels = ladder_.size()};
+  std::vector<RunningTask*> tasks;
+  for (const auto& [id, task] : running_) {
+    if (task->is_paused()) continue;
+    snapshot.tasks.push_back(task->View());
+    tasks.push_back(task.get());
+  }
+  if (tasks.empty()) return false;
+  const TimePoint begin = Clock::now();
+  const StepDecision decision = PlanStep(snapshot, begin);
+  StepPlan plan;
+  int64_t rows = 0;
+  for (const StepDecision::Entry& entry : decision.entries) {
+    plan.entries.push_back(tasks[entry.task]->Entry(entry.rows, entry.level));
+    rows += entry.rows;
+  }
+  const absl::StatusOr<StepResult> result = engine_->Step(plan);
+  if (!result.ok()) {
+    LogEvent(LogSeverity::kError, "step_failed", {{"error", result.status().ToString()}});
+    for (const StepDecision::Entry& entry : decision.entries) {
+      Fail(tasks[entry.task], Failure::kInternal, absl::InternalError(result.status().ToString()));
+    }
+    return true;
+  }
+  const Duration actual = Clock::now() - begin;
+  events_->OnStep({.rows = rows, .actual = actual, .predicted = decision.predicted});
+  cost_model_.Observe(decision.rows_by_level, actual);
+  ApplyResult(decision, tasks, *result);
+  return true;
+}
+
+void Worker::ApplyResult(const StepDecision& decision, const std::vector<RunningTask*>& tasks,
+                         const StepResult& result) {
+  const TimePoint now = Clock::now();
+  for (size_t i = 0; i < decision.entries.size(); ++i) {
+    const StepDecision::Entry& planned = decision.entries[i];
+    const StepResult::Entry& ran = result.entries[i];
+    RunningTask* task = tasks[planned.task];
+    if (!ran.status.ok()) {
+      Fail(task, Failure::kNonFinite,
+           absl::InternalError(absl::StrCat("level ", planned.level, ": ", ran.status.message())));
+      continue;
+    }
+    if (!task->is_prompt_done()) {
+      events_->OnTokens(ran.executed_level, TokenKind::kPrompt, planned.rows);
+    }
+    task->AddRows(planned.rows, ran.executed_level, ladder_[ran.executed_level],
+                  planned.degradation);
+    if (task->task().kind == TaskKind::kScore) task->AddLogProbabilities(ran.log_probabilities);
+    if (!task->is_prompt_done()) continue;
+    if (task->task().kind != TaskKind::kGenerate) {
+      TaskResult done;
+      done.log_probabilities = task->TakeLogProbabilities();
+      if (task->task().kind == TaskKind::kEmbed) {
+        done.embedding.assign(ran.values.begin(), ran.values.end());
+      }
+      Complete(task, FinishReason::kComplete, std::move(done));
+      continue;
+    }
+    Advance(task, ran, now);
+  }
+}
+
+void Worker::Advance(RunningTask* task, const StepResult::Entry& ran, TimePoint now) {
+  const std::optional<TimePoint> last = task->last_token();
+  GeneratedToken token = task->DrawToken(ran.values, ran.executed_level, now);
+  events_->OnTokens(ran.executed_level, TokenKind::kCompletion, 1);
+  if (last.has_value()) {
+    events_->OnNextToken(now - *last);
+  } else {
+    events_->OnFirstToken(now - task->task().arrival);
+  }
+  const std::optional<FinishReason> end = task->GenerationEnd(options_.end_tokens);
+  const bool has_room = task->output()->Push(std::move(token));
+  if (end.has_value()) {
+    Complete(task, *end, {});
+  } else if (!has_room) {
+    task->Pause(now);
+  }
+}
+
+void Worker::Fail(RunningTask* task, Failure failure, const absl::Status& status) {
+  TaskResult result;
+  result.finish_reason =
+      failure == Failure::kDrain ? FinishReason::kDrain : FinishReason::kComplete;
+  result.text = task->TakeHeldText();
+  result.usage = task->UsageAt(Clock::now());
+  result.usage.target_met = false;
+  events_->OnFailed(failure, result.usage);
+  End(task, status, std::move(result));
+}
+
+void Worker::Complete(RunningTask* task, FinishReason reason, TaskResult result) {
+  const TimePoint now = Clock::now();
+  result.finish_reason = reason;
+  result.text = task->TakeHeldText();
+  result.usage = task->UsageAt(now);
+  events_->OnFinished(reason, result.usage, now - task->task().arrival);
+  End(task, absl::OkStatus(), std::move(result));
+}
+
+void Worker::End(RunningTask* task, const absl::Status& status, TaskResult result) {
+  const TimePoint now = Clock::now();
+  TaskOutput* const output = task->output();
+  engine_->RemoveSequence(task->sequence());
+  running_.erase(task->id());
+  {
+    MutexLock lock(&mutex_);
+    --num_tasks_;
+    end_interval_ += (now - last_end_ - end_interval_) / 8;
+    last_end_ = now;
+  }
+  output->Finish(status, std::move(result));
+  MutexLock lock(&mutex_);
+  if (num_tasks_ == 0) is_idle_.NotifyAll();
+}
+
+void Worker::ReportLoad() {
+  LoadEvent load;
+  load.num_running = static_cast<int64_t>(running_.size());
+  load.kv_cache_usage = KvCacheUsage(*engine_);
+  {
+    MutexLock lock(&mutex_);
+    load.num_waiting = queue_.size();
+  }
+  events_->OnLoad(load);
+}
+
+TimePoint Worker::NextTimer() {
+  TimePoint next = TimePoint::max();
+  for (const auto& [id, task] : running_) {
+    next = std::min(next, task->task().deadline);
+    if (task->is_paused()) next = std::min(next, *task->paused_since() + options_.stall_limit);
+  }
+  MutexLock lock(&mutex_);
+  return std::min(next, queue_.EarliestDeadline());
+}
+
+}  // namespace nestor

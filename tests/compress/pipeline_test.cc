@@ -1,0 +1,362 @@
+#include "compress/pipeline.h"
+
+#include <signal.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cmath>
+#include <filesystem>
+#include <limits>
+#include <random>
+
+#include "base/file.h"
+#include "compress/evaluate.h"
+#include "compress/quantise.h"
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "kernels/cpu/cpu_backend.h"
+#include "kernels/reference/reference_backend.h"
+#include "tests/testing/temporary_directory.h"
+#include "tests/testing/tiny_checkpoint.h"
+
+namespace nestor {
+namespace {
+
+namespace fs = std::filesystem;
+using testing::HasSubstr;
+
+// Random words, so that every line is new to the model.
+std::string RandomText(int lines, uint64_t seed) {
+  std::mt19937_64 random(seed);
+  std::string text;
+  for (int i = 0; i < lines; ++i) {
+    for (int word = 0; word < 4; ++word) {
+      for (uint64_t letters = 2 + random() % 6; letters > 0; --letters) {
+        text += static_cast<char>('a' + random() % 26);
+      }
+      text += word < 3 ? ' ' : '\n';
+    }
+  }
+  return text;
+}
+
+absl::StatusOr<std::unique_ptr<Backend>> MakeReference() { return MakeReferenceBackend(); }
+absl::StatusOr<std::unique_ptr<Backend>> MakeRoundingReference() {
+  return MakeReferenceBackend({.quantises_activations = true});
+}
+absl::StatusOr<std::unique_ptr<Backend>> MakeCpu() { return MakeCpuBackend({.num_threads = 1}); }
+
+class PipelineTest : public testing::Test {
+ protected:
+  void SetUp() override {
+    ASSERT_TRUE(WriteTinyLlama(Path("llama")).ok());
+    ASSERT_TRUE(WriteTinyBert(Path("bert")).ok());
+    ASSERT_TRUE(WriteFileAtomically(Path("text.txt"), RandomText(800, 1)).ok());
+    ASSERT_TRUE(WriteFileAtomically(Path("held_out.txt"), RandomText(100, 2)).ok());
+  }
+
+  std::string Path(const std::string& name) const { return directory_.path() + "/" + name; }
+
+  CompressOptions Options(const std::string& model) const {
+    CompressOptions options;
+    options.source = Path(model);
+    options.output = Path("out.nested");
+    options.levels = 4;
+    options.max_residual_rank = 16;
+    options.corpus.calibration_paths = {Path("text.txt")};
+    options.corpus.evaluation_path = Path("held_out.txt");
+    options.corpus.calibration_tokens = 2560;
+    options.evaluation_tokens = 512;
+    options.self_sample_tokens = 0;
+    options.threads = 2;
+    options.make_backend = MakeCpu;
+    return options;
+  }
+
+  // Runs a compression in a child that dies once everything is decomposed.
+  void RunAndKill(CompressOptions options) const {
+    const pid_t child = fork();
+    ASSERT_GE(child, 0);
+    if (child == 0) {
+      options.allocate = [](const LayerOptions&, std::span<const int64_t>) -> std::vector<Profile> {
+        kill(getpid(), SIGKILL);
+        return {};
+      };
+      (void)Compress(options);
+      _exit(1);
+    }
+    int status = 0;
+    ASSERT_EQ(waitpid(child, &status, 0), child);
+    ASSERT_TRUE(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL);
+  }
+
+  TemporaryDirectory directory_;
+};
+
+std::unique_ptr<Engine> OpenArtifact(const std::string& path, const BackendFactory& make_backend) {
+  auto model = NestedModel::Open(path);
+  EXPECT_TRUE(model.ok()) << model.status();
+  if (!model.ok()) return nullptr;
+  auto engine = OpenEngine(*std::move(model), make_backend, kWindowTokens);
+  EXPECT_TRUE(engine.ok()) << engine.status();
+  return engine.ok() ? *std::move(engine) : nullptr;
+}
+
+// Few rows take kernels that round activations to int8, many rows take fp32 ones.
+constexpr size_t kFewRows = 16;
+
+// Largest difference of log-probabilities (or embeddings) between two engines at one level, over
+// texts of `lengths` tokens (language models).
+double LargestDifference(Engine* a, Engine* b, int level, const std::string& text,
+                         const std::vector<size_t>& lengths) {
+  const ModelSpec& spec = a->model().spec();
+  const auto sequences = SequencesOf(text, a->tokenizer(), spec, 64);
+  EXPECT_TRUE(sequences.ok());
+  std::vector<double> values[2];
+  Engine* const engines[] = {a, b};
+  for (int i = 0; i < 2; ++i) {
+    if (spec.is_encoder()) {
+      const auto embeddings = EmbedSentences(engines[i], *sequences, level, nullptr);
+      EXPECT_TRUE(embeddings.ok()) << embeddings.status();
+      for (const auto& row : *embeddings) values[i].insert(values[i].end(), row.begin(), row.end());
+      continue;
+    }
+    // Prefixes of different lengths give one sum of log-probabilities each.
+    for (const size_t length : lengths) {
+      const TokenSequences window = {
+          {(*sequences)[0].begin(), (*sequences)[0].begin() + static_cast<ptrdiff_t>(length)}};
+      const auto scores = ScoreWindows(engines[i], window, level, nullptr);
+      EXPECT_TRUE(scores.ok()) << scores.status();
+      values[i].push_back((*scores)[0].log_likelihood / static_cast<double>(length));
+    }
+  }
+  double largest = 0;
+  EXPECT_EQ(values[0].size(), values[1].size());
+  for (size_t i = 0; i < values[0].size(); ++i) {
+    largest = std::max(largest, std::fabs(values[0][i] - values[1][i]));
+  }
+  return largest;
+}
+
+struct Case {
+  std::string name;
+  std::string model;
+  LadderChoice ladder;
+  DenseStorage dense;
+};
+void PrintTo(const Case& value, std::ostream* out) { *out << value.name; }
+
+class ArtifactTest : public PipelineTest, public testing::WithParamInterface<Case> {};
+
+TEST_P(ArtifactTest, OpensAndEveryLevelEqualsTheReference) {
+  CompressOptions options = Options(GetParam().model);
+  options.ladder = GetParam().ladder;
+  options.dense = GetParam().dense;
+  const auto report = Compress(options);
+  ASSERT_TRUE(report.ok()) << report.status();
+  const std::unique_ptr<Engine> cpu = OpenArtifact(options.output, MakeCpu);
+  const std::unique_ptr<Engine> reference = OpenArtifact(options.output, MakeReference);
+  const std::unique_ptr<Engine> rounding = OpenArtifact(options.output, MakeRoundingReference);
+  ASSERT_TRUE(cpu != nullptr && reference != nullptr && rounding != nullptr);
+  const std::vector<Level>& levels = cpu->model().levels();
+  ASSERT_GE(levels.size(), 3u);
+  ASSERT_EQ(levels.size(), report->levels.size());
+  for (size_t i = 0; i < levels.size(); ++i) {
+    EXPECT_EQ(levels[i].profile, report->levels[i].profile);
+    EXPECT_DOUBLE_EQ(levels[i].metrics.quality, report->levels[i].metrics.quality);
+    const int level = static_cast<int>(i);
+    EXPECT_LT(LargestDifference(cpu.get(), reference.get(), level, RandomText(20, 3), {24, 48, 60}),
+              1e-4)
+        << "level " << i;
+    if (cpu->model().spec().is_encoder()) continue;
+    // What is left is an activation that rounds to the neighbouring code.
+    EXPECT_LT(
+        LargestDifference(cpu.get(), rounding.get(), level, RandomText(20, 3), {2, 7, kFewRows}),
+        5e-3)
+        << "level " << i;
+  }
+  EXPECT_EQ(levels.back().ladder, "full");
+  EXPECT_GT(*levels.back().metrics.quality_vs_source, 0.98);
+  EXPECT_LT(*levels.back().metrics.quality_vs_source, 1.02);
+  EXPECT_FALSE(fs::exists(options.output + ".partial"));
+  EXPECT_FALSE(fs::exists(options.output + ".calibration"));
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Kinds, ArtifactTest,
+    testing::Values(Case{"llama_int8_both", "llama", LadderChoice::kBoth, DenseStorage::kPlanes},
+                    Case{"llama_bf16_residual", "llama", LadderChoice::kResidual,
+                         DenseStorage::kBf16},
+                    Case{"bert_int8_both", "bert", LadderChoice::kBoth, DenseStorage::kPlanes},
+                    Case{"bert_bf16_prefix", "bert", LadderChoice::kPrefix, DenseStorage::kBf16}),
+    [](const auto& info) { return info.param.name; });
+
+TEST_F(PipelineTest, PlanesHoldTheSourceWeights) {
+  const CompressOptions options = Options("llama");
+  ASSERT_TRUE(Compress(options).ok());
+  const auto source = NestedModel::Open(options.source);
+  const auto artifact = NestedModel::Open(options.output);
+  ASSERT_TRUE(source.ok() && artifact.ok()) << artifact.status();
+  for (size_t i = 0; i < (*source)->layers().size(); ++i) {
+    const LinearSpec& spec = (*source)->layers()[i];
+    std::vector<float> scratch, artifact_scratch;
+    const auto weights = (*source)->Weights(i, &scratch);
+    const auto parts = (*artifact)->Weights(i, &artifact_scratch);
+    ASSERT_TRUE(weights.ok() && parts.ok());
+    const int64_t plane_bytes = spec.out * PaddedToGroup(spec.in) / 2;
+    const Planes planes{.out = spec.out,
+                        .in = spec.in,
+                        .coarse = {parts->coarse, parts->coarse + plane_bytes},
+                        .fine = {parts->fine, parts->fine + plane_bytes},
+                        .scales = {parts->scales, parts->scales + spec.out * NumGroups(spec.in)}};
+    const std::vector<float> dense = DequantiseDense(planes);
+    double error = 0;
+    double energy = 0;
+    for (size_t j = 0; j < dense.size(); ++j) {
+      error += std::pow(dense[j] - weights->dense_f32[j], 2);
+      energy += std::pow(weights->dense_f32[j], 2);
+    }
+    EXPECT_LT(error, 1e-4 * energy) << spec.name;
+    EXPECT_GT(error, 0) << spec.name;
+  }
+}
+
+TEST_F(PipelineTest, AKilledRunLeavesNoArtifactAndResumesFromItsCalibration) {
+  const CompressOptions options = Options("llama");
+  RunAndKill(options);
+  EXPECT_FALSE(fs::exists(options.output));
+  EXPECT_TRUE(fs::exists(options.output + ".calibration/calibration.json"));
+  const auto resumed = Compress(options);
+  ASSERT_TRUE(resumed.ok()) << resumed.status();
+  EXPECT_EQ(resumed->resumed_sequences, 10);  // 2,560 tokens in windows of 256
+  EXPECT_FALSE(fs::exists(options.output + ".calibration"));
+  EXPECT_FALSE(fs::exists(options.output + ".partial"));
+
+  CompressOptions other = options;
+  other.output = Path("again.nested");
+  const auto fresh = Compress(other);
+  ASSERT_TRUE(fresh.ok()) << fresh.status();
+  EXPECT_EQ(fresh->resumed_sequences, 0);
+  EXPECT_EQ(*ReadFile(Path("again.nested/nested.safetensors")),
+            *ReadFile(Path("out.nested/nested.safetensors")));
+}
+
+TEST_F(PipelineTest, ADamagedOrForeignCalibrationIsReplaced) {
+  CompressOptions options = Options("llama");
+  RunAndKill(options);
+  const std::string moments = options.output + ".calibration/moments-10.safetensors";
+  std::string bytes = *ReadFile(moments);
+  bytes[bytes.size() / 2] ^= 0x40;
+  ASSERT_TRUE(WriteFileAtomically(moments, bytes).ok());
+  const auto repaired = Compress(options);
+  ASSERT_TRUE(repaired.ok()) << repaired.status();
+  EXPECT_EQ(repaired->resumed_sequences, 0);
+
+  options.overwrites = true;
+  RunAndKill(options);
+  ASSERT_TRUE(WriteFileAtomically(Path("text.txt"), RandomText(800, 9)).ok());
+  const auto foreign = Compress(options);
+  ASSERT_TRUE(foreign.ok()) << foreign.status();
+  EXPECT_EQ(foreign->resumed_sequences, 0);
+}
+
+TEST_F(PipelineTest, AFullDiskNamesTheFileAndLeavesNothing) {
+  const CompressOptions options = Options("llama");
+  RunAndKill(options);  // so that only the artifact itself is left to write
+  rlimit old_limit = {};
+  ASSERT_EQ(getrlimit(RLIMIT_FSIZE, &old_limit), 0);
+  // Files may not grow beyond this: smaller than the parts, larger than what else is written.
+  const rlimit limit = {.rlim_cur = 50000, .rlim_max = old_limit.rlim_max};
+  const auto old_handler = signal(SIGXFSZ, SIG_IGN);
+  ASSERT_EQ(setrlimit(RLIMIT_FSIZE, &limit), 0);
+  const absl::Status status = Compress(options).status();
+  ASSERT_EQ(setrlimit(RLIMIT_FSIZE, &old_limit), 0);
+  signal(SIGXFSZ, old_handler);
+  ASSERT_FALSE(status.ok());
+  EXPECT_THAT(std::string(status.message()), HasSubstr("out.nested.partial/parts.spill"));
+  EXPECT_FALSE(fs::exists(options.output));
+  EXPECT_FALSE(fs::exists(options.output + ".partial"));
+  EXPECT_TRUE(fs::exists(options.output + ".calibration"));
+}
+
+TEST_F(PipelineTest, TextThatIsTooShortIsRefused) {
+  CompressOptions options = Options("llama");
+  ASSERT_TRUE(WriteFileAtomically(Path("text.txt"), RandomText(10, 1)).ok());
+  const absl::Status status = Compress(options).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(status.message()), HasSubstr("at least 2048 are needed"));
+  EXPECT_FALSE(fs::exists(options.output));
+}
+
+TEST_F(PipelineTest, WeightsThatAreNotFiniteAreRefusedByName) {
+  const CompressOptions options = Options("llama");
+  const std::string path = Path("llama/model.safetensors");
+  std::string bytes = *ReadFile(path);
+  const auto tensors = TensorFile::Open({path});
+  ASSERT_TRUE(tensors.ok());
+  const auto view = (*tensors)->Get("model.layers.1.mlp.down_proj.weight", {72, 100});
+  ASSERT_TRUE(view.ok());
+  const auto first = (*tensors)->Get("model.embed_tokens.weight", {-1, 72});
+  ASSERT_TRUE(first.ok());
+  const float bad = std::numeric_limits<float>::quiet_NaN();
+  // The header's length, then the header, then the tensors: find the offset from the mapping.
+  uint64_t header = 0;
+  std::memcpy(&header, bytes.data(), sizeof(header));
+  const std::byte* least = view->bytes.data();
+  for (const auto& [name, tensor] : (*tensors)->tensors()) {
+    least = std::min(least, tensor.bytes.data());
+  }
+  const size_t offset =
+      sizeof(header) + header + static_cast<size_t>(view->bytes.data() - least) + 8;
+  std::memcpy(bytes.data() + offset, &bad, sizeof(bad));
+  ASSERT_TRUE(WriteFileAtomically(path, bytes).ok());
+  const absl::Status status = Compress(options).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(status.message()),
+              HasSubstr("model.layers.1.mlp.down_proj.weight: element 2"));
+}
+
+TEST_F(PipelineTest, AnExistingOutputIsKeptUnlessForced) {
+  CompressOptions options = Options("llama");
+  options.levels = 2;
+  ASSERT_TRUE(Compress(options).ok());
+  const std::string before = *ReadFile(options.output + "/nested.json");
+  options.levels = 3;
+  EXPECT_EQ(Compress(options).status().code(), absl::StatusCode::kAlreadyExists);
+  EXPECT_EQ(*ReadFile(options.output + "/nested.json"), before);
+  options.overwrites = true;
+  options.output += "/";
+  ASSERT_TRUE(Compress(options).ok());
+  EXPECT_NE(*ReadFile(options.output + "/nested.json"), before);
+}
+
+TEST_F(PipelineTest, SampledTextIsDeterministicAndOnlyForLanguageModels) {
+  CompressOptions options = Options("llama");
+  options.self_sample_tokens = 1024;
+  options.levels = 2;
+  const auto report = Compress(options);
+  ASSERT_TRUE(report.ok()) << report.status();
+  EXPECT_EQ(report->calibration_tokens, 2560 + 1024);
+  options.output = Path("again.nested");
+  ASSERT_TRUE(Compress(options).ok());
+  EXPECT_EQ(*ReadFile(Path("again.nested/nested.safetensors")),
+            *ReadFile(Path("out.nested/nested.safetensors")));
+
+  CompressOptions encoder = Options("bert");
+  encoder.self_sample_tokens = 1024;
+  encoder.output = Path("bert.nested");
+  EXPECT_EQ(Compress(encoder).status().code(), absl::StatusCode::kInvalidArgument);
+}
+
+TEST_F(PipelineTest, AnArtifactIsNoSource) {
+  CompressOptions options = Options("llama");
+  options.levels = 2;
+  ASSERT_TRUE(Compress(options).ok());
+  options.source = options.output;
+  options.output = Path("twice.nested");
+  EXPECT_EQ(Compress(options).status().code(), absl::StatusCode::kInvalidArgument);
+}
+
+}  // namespace
+}  // namespace nestor

@@ -1,0 +1,128 @@
+#include "compress/quantise.h"
+
+#include <cmath>
+#include <random>
+
+#include "base/bfloat16.h"
+#include "gtest/gtest.h"
+#include "kernels/nested_linear.h"
+
+namespace nestor {
+namespace {
+
+std::vector<float> RandomValues(int64_t size, uint64_t seed) {
+  std::mt19937_64 random(seed);
+  std::normal_distribution<float> normal(0.0f, 0.3f);
+  std::vector<float> values(static_cast<size_t>(size));
+  for (float& value : values) value = normal(random);
+  return values;
+}
+
+TEST(SplitTest, EveryCodeComesBackFromItsTwoNibbles) {
+  for (int code = -119; code <= 119; ++code) {
+    const auto [hi, lo] = Split(code);
+    EXPECT_EQ(16 * hi + lo, code);
+    EXPECT_GE(hi, -7);
+    EXPECT_LE(hi, 7);
+    EXPECT_GE(lo, -8);
+    EXPECT_LE(lo, 7);
+  }
+}
+
+TEST(QuantisePlanesTest, EveryCodeIsStoredAsTheFormatSays) {
+  // A scale of exactly 1: absmax 119, and all the codes as weights.
+  for (int code = -119; code <= 119; ++code) {
+    const std::vector<float> weights = {119.0f, static_cast<float>(code)};
+    const Planes planes = QuantisePlanes(weights, 1, 2);
+    ASSERT_EQ(FloatFromBfloat16(planes.scales[0]), 1.0f);
+    const int hi = (planes.coarse[0] >> 4) - 8;
+    const int lo = (planes.fine[0] >> 4) - 8;
+    EXPECT_EQ(16 * hi + lo, code);
+    EXPECT_EQ(planes.coarse[0] & 15, 7 + 8);
+    EXPECT_EQ(planes.fine[0] & 15, 7 + 8);
+    EXPECT_EQ(DequantiseDense(planes)[1], static_cast<float>(code));
+    EXPECT_EQ(DequantiseCoarse(planes)[1], static_cast<float>(16 * hi));
+  }
+}
+
+TEST(QuantisePlanesTest, PaddingIsEight) {
+  const Planes planes = QuantisePlanes(RandomValues(3 * 33, 1), 3, 33);
+  ASSERT_EQ(planes.coarse.size(), 3u * 32);
+  ASSERT_EQ(planes.scales.size(), 6u);
+  for (size_t row = 0; row < 3; ++row) {
+    EXPECT_EQ(planes.coarse[row * 32 + 16] >> 4, 8);
+    EXPECT_EQ(planes.fine[row * 32 + 16] >> 4, 8);
+    for (size_t j = 17; j < 32; ++j) {
+      EXPECT_EQ(planes.coarse[row * 32 + j], 0x88);
+      EXPECT_EQ(planes.fine[row * 32 + j], 0x88);
+    }
+  }
+}
+
+TEST(QuantisePlanesTest, DenseIsWithinHalfAStepAndCoarseWithinNine) {
+  constexpr int64_t kOut = 37, kIn = 100;
+  const std::vector<float> weights = RandomValues(kOut * kIn, 2);
+  const Planes planes = QuantisePlanes(weights, kOut, kIn);
+  const std::vector<float> dense = DequantiseDense(planes);
+  const std::vector<float> coarse = DequantiseCoarse(planes);
+  for (int64_t i = 0; i < kOut; ++i) {
+    for (int64_t j = 0; j < kIn; ++j) {
+      const size_t index = static_cast<size_t>(i * kIn + j);
+      const float scale = FloatFromBfloat16(
+          planes.scales[static_cast<size_t>(i * NumGroups(kIn) + j / kGroupSize)]);
+      // Rounding the scale to bf16 may clip the extreme by 119 * 2^-9 of a step.
+      EXPECT_NEAR(dense[index], weights[index], 0.75f * scale);
+      EXPECT_NEAR(coarse[index], weights[index], 8.75f * scale);
+    }
+  }
+}
+
+TEST(QuantisePlanesTest, ZeroGroupsStayZero) {
+  std::vector<float> weights = RandomValues(2 * 64, 3);
+  for (size_t j = 32; j < 64; ++j) weights[j] = 0;
+  const Planes planes = QuantisePlanes(weights, 2, 64, std::vector<float>(64, 1.0f));
+  const std::vector<float> dense = DequantiseDense(planes);
+  for (size_t j = 32; j < 64; ++j) EXPECT_EQ(dense[j], 0.0f);
+  EXPECT_NE(dense[64], 0.0f);
+}
+
+TEST(QuantisePlanesTest, InputEnergiesLowerTheWeightedErrorOfTheCoarsePlane) {
+  constexpr int64_t kOut = 64, kIn = 96;
+  const std::vector<float> weights = RandomValues(kOut * kIn, 4);
+  std::vector<float> energies = RandomValues(kIn, 5);
+  for (float& energy : energies) energy = energy * energy;
+  const auto error = [&](const std::vector<float>& approximation) {
+    double sum = 0;
+    for (size_t i = 0; i < weights.size(); ++i) {
+      sum += energies[i % kIn] * std::pow(weights[i] - approximation[i], 2);
+    }
+    return sum;
+  };
+  const Planes plain = QuantisePlanes(weights, kOut, kIn);
+  const Planes searched = QuantisePlanes(weights, kOut, kIn, energies);
+  EXPECT_LT(error(DequantiseCoarse(searched)), 0.95 * error(DequantiseCoarse(plain)));
+  EXPECT_LT(error(DequantiseDense(searched)), 1.4 * error(DequantiseDense(plain)));
+}
+
+TEST(QuantiseFactorTest, ValuesComeBackWithinHalfAStepAndPaddingIsZero) {
+  constexpr int64_t kRank = 5, kSize = 45;
+  const std::vector<float> values = RandomValues(kRank * kSize, 6);
+  const FactorCodes factor = QuantiseFactor(values, kRank, kSize);
+  ASSERT_EQ(factor.codes.size(), 5u * 64);
+  ASSERT_EQ(factor.scales.size(), 10u);
+  const std::vector<float> restored = DequantiseFactor(factor);
+  for (int64_t k = 0; k < kRank; ++k) {
+    for (int64_t j = 0; j < kSize; ++j) {
+      const float scale =
+          FloatFromBfloat16(factor.scales[static_cast<size_t>(k * 2 + j / kGroupSize)]);
+      const size_t index = static_cast<size_t>(k * kSize + j);
+      EXPECT_NEAR(restored[index], values[index], 0.75f * scale);
+    }
+    for (int64_t j = kSize; j < 64; ++j) {
+      EXPECT_EQ(factor.codes[static_cast<size_t>(k * 64 + j)], 0);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace nestor

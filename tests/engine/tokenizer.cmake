@@ -1,0 +1,4 @@
+nestor_test(tokenizer_test SOURCES tokenizer_test.cc LIBS nestor_tokenizer)
+nestor_test(tokenizer_reference_test SOURCES tokenizer_reference_test.cc LIBS nestor_tokenizer)
+nestor_test(tokenizer_gguf_test SOURCES tokenizer_gguf_test.cc LIBS nestor_tokenizer)
+nestor_test(chat_template_test SOURCES chat_template_test.cc LIBS nestor_tokenizer)

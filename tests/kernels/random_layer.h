@@ -1,0 +1,51 @@
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "kernels/nested_linear.h"
+
+namespace nestor {
+
+// A nested layer with random contents, and what its forms mean in plain double arithmetic.
+class RandomLayer {
+ public:
+  struct Shape {
+    int64_t out = 0;
+    int64_t in = 0;
+    DenseStorage dense = DenseStorage::kPlanes;
+    bool has_coarse = true;  // beside a bf16 dense form; planes always have one
+    int64_t residual_rank = 0;
+    int64_t prefix_rank = 0;
+    bool has_bias = false;
+  };
+  RandomLayer(const Shape& shape, uint32_t seed);
+
+  const Shape& shape() const { return shape_; }
+  LinearWeights View() const;
+
+  // For one row x: the sum over everything that adds up to y of its magnitude. Rounding errors of
+  // any order of summation are bounded by a multiple of it.
+  std::vector<double> Magnitude(Form form, int64_t rank, std::span<const double> x) const;
+
+ private:
+  struct Factors {
+    int64_t rank = 0;
+    std::vector<int8_t> a, bt;
+    std::vector<uint16_t> a_scales, bt_scales;
+    FactorView View() const;
+  };
+  static Factors MakeFactors(int64_t rank, int64_t out, int64_t in, uint32_t seed);
+  double WeightAt(Form form, int64_t row, int64_t col) const;
+
+  Shape shape_;
+  std::vector<float> f32_;
+  std::vector<uint16_t> bf16_;
+  std::vector<uint8_t> coarse_, fine_;
+  std::vector<uint16_t> scales_;
+  Factors residual_, prefix_;
+  std::vector<float> bias_;
+};
+
+}  // namespace nestor
