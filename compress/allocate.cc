@@ -39,7 +39,97 @@ std::vector<LayerOption> LowerHull(std::vector<LayerOption> options) {
   return hull;
 }
 
+// The options of each layer, cheapest first.
+LayerOptions Sorted(LayerOptions options) {
+  for (std::vector<LayerOption>& layer : options) {
+    NESTOR_CHECK(!layer.empty());
+    std::sort(layer.begin(), layer.end(),
+              [](const LayerOption& a, const LayerOption& b) { return a.cost < b.cost; });
+  }
+  return options;
+}
+
+bool IsDense(const LayerOption& option) { return option.choice.form == Form::kDense; }
+
+// By layer, the index of its largest option up to `rank`, and not below `least`. `options` are
+// sorted.
+std::vector<size_t> EvenChoice(const LayerOptions& options, int64_t rank,
+                               const std::vector<size_t>& least) {
+  std::vector<size_t> chosen;
+  for (const std::vector<LayerOption>& layer : options) {
+    size_t index = 0;
+    int64_t largest = 0;
+    for (size_t i = 0; i < layer.size(); ++i) {
+      largest = std::max(largest, layer[i].choice.rank);
+      if (!IsDense(layer[i]) && layer[i].choice.rank <= rank) index = i;
+    }
+    if (IsDense(layer.back()) && rank > largest) index = layer.size() - 1;
+    chosen.push_back(std::max(index, least[chosen.size()]));
+  }
+  return chosen;
+}
+
+int64_t CostOf(const LayerOptions& options, const std::vector<size_t>& chosen) {
+  int64_t cost = 0;
+  for (size_t layer = 0; layer < options.size(); ++layer)
+    cost += options[layer][chosen[layer]].cost;
+  return cost;
+}
+
 }  // namespace
+
+std::vector<Profile> AllocateEvenly(const LayerOptions& unsorted,
+                                    std::span<const int64_t> targets) {
+  NESTOR_CHECK(std::is_sorted(targets.begin(), targets.end()));
+  const LayerOptions options = Sorted(unsorted);
+  std::vector<int64_t> ranks;
+  for (const std::vector<LayerOption>& layer : options) {
+    for (const LayerOption& option : layer) ranks.push_back(option.choice.rank);
+  }
+  std::sort(ranks.begin(), ranks.end());
+  ranks.erase(std::unique(ranks.begin(), ranks.end()), ranks.end());
+  ranks.push_back(ranks.back() + 1);  // dense everywhere
+  std::vector<Profile> profiles;
+  std::vector<size_t> last(options.size(), 0);
+  for (const int64_t target : targets) {
+    std::vector<size_t> chosen = EvenChoice(options, ranks.front(), last);
+    for (const int64_t rank : ranks) {
+      const std::vector<size_t> candidate = EvenChoice(options, rank, last);
+      if (CostOf(options, candidate) <= target) chosen = candidate;
+    }
+    const auto cost_of_step = [&](size_t layer) {
+      const size_t next = chosen[layer] + 1;
+      return options[layer][next].cost - options[layer][chosen[layer]].cost;
+    };
+    int64_t left = target - CostOf(options, chosen);
+    std::vector<bool> had_step(options.size(), false);
+    while (true) {
+      size_t best = options.size();
+      double best_slope = -1;
+      for (size_t layer = 0; layer < options.size(); ++layer) {
+        if (had_step[layer] || chosen[layer] + 1 >= options[layer].size()) continue;
+        if (cost_of_step(layer) > left) continue;
+        const double slope =
+            Slope(options[layer][chosen[layer]], options[layer][chosen[layer] + 1]);
+        if (slope > best_slope) {
+          best = layer;
+          best_slope = slope;
+        }
+      }
+      if (best == options.size()) break;
+      left -= cost_of_step(best);
+      ++chosen[best];
+      had_step[best] = true;
+    }
+    Profile profile;
+    for (size_t layer = 0; layer < options.size(); ++layer) {
+      profile.push_back(options[layer][chosen[layer]].choice);
+    }
+    profiles.push_back(std::move(profile));
+    last = std::move(chosen);
+  }
+  return profiles;
+}
 
 std::vector<Profile> AllocateAlongHulls(const LayerOptions& options,
                                         std::span<const int64_t> targets) {

@@ -33,4 +33,9 @@ using AllocateFunction = std::function<std::vector<Profile>(const LayerOptions& 
 std::vector<Profile> AllocateAlongHulls(const LayerOptions& options,
                                         std::span<const int64_t> targets);
 
+// The same rank for every layer, as near to the target as whole ranks come: each layer takes its
+// largest option up to the common rank, dense where the rank exceeds all others. What is left of
+// the target goes to single layers, the next option of the largest error saved a cost first.
+std::vector<Profile> AllocateEvenly(const LayerOptions& options, std::span<const int64_t> targets);
+
 }  // namespace nestor

@@ -106,10 +106,23 @@ double BootstrapError(std::span<const double> level, std::span<const double> ref
 
 }  // namespace
 
-EvaluationSet ConsecutivePairs(TokenSequences lines) {
+EvaluationSet SplicedPairs(const TokenSequences& lines) {
+  constexpr double kGoldenRatio = 0.6180339887498949;  // its multiples fill [0, 1) evenly
   EvaluationSet set;
-  set.sequences = std::move(lines);
-  for (size_t i = 0; i + 1 < set.sequences.size(); ++i) set.pairs.emplace_back(i, i + 1);
+  for (size_t i = 0; i + 1 < lines.size(); i += 2) {
+    const std::vector<int32_t>& first = lines[i];
+    const std::vector<int32_t>& second = lines[i + 1];
+    const double share = std::fmod(static_cast<double>(i / 2) * kGoldenRatio, 1.0);
+    const auto part_of = [](const std::vector<int32_t>& line, double part) {
+      return std::clamp<int64_t>(std::llround(part * static_cast<double>(line.size())), 1,
+                                 std::max<int64_t>(1, std::ssize(line) - 1));
+    };
+    std::vector<int32_t> splice(first.begin(), first.begin() + part_of(first, 1 - share));
+    splice.insert(splice.end(), second.end() - part_of(second, share), second.end());
+    set.pairs.emplace_back(set.sequences.size(), set.sequences.size() + 1);
+    set.sequences.push_back(first);
+    set.sequences.push_back(std::move(splice));
+  }
   return set;
 }
 

@@ -21,8 +21,10 @@ struct EvaluationSet {
   std::vector<double> labels;  // parallel to `pairs`, or empty
 };
 
-// Each line paired with the next one, without labels.
-EvaluationSet ConsecutivePairs(TokenSequences lines);
+// Pairs of every similarity, without labels: every other line with a splice of its beginning and
+// the next line's end, whose share of the second goes evenly from nothing to everything. REQUIRES:
+// lines with the encoder's special tokens at both ends, or without any.
+EvaluationSet SplicedPairs(const TokenSequences& lines);
 // Reads STS-B's format: tab-separated, label in column 5, sentences in columns 6 and 7.
 // INVALID_ARGUMENT names the file and the line.
 absl::StatusOr<EvaluationSet> ReadLabelledPairs(const std::string& path, const Tokenizer& tokenizer,

@@ -121,6 +121,24 @@ absl::Status TensorSpill::Add(const std::string& name, DType dtype, std::vector<
     size_ += static_cast<int64_t>(bytes.size());
     NESTOR_CHECK(slots_.emplace(name, Slot{dtype, std::move(shape), offset}).second);
   }
+  return WriteAt(offset, bytes);
+}
+
+absl::Status TensorSpill::Replace(const std::string& name, std::span<const std::byte> bytes) {
+  int64_t offset = 0;
+  {
+    const MutexLock lock(&mutex_);
+    const auto found = slots_.find(name);
+    NESTOR_CHECK(found != slots_.end());
+    int64_t size = BytesOf(found->second.dtype);
+    for (const int64_t extent : found->second.shape) size *= extent;
+    NESTOR_CHECK(size == std::ssize(bytes));
+    offset = found->second.offset;
+  }
+  return WriteAt(offset, bytes);
+}
+
+absl::Status TensorSpill::WriteAt(int64_t offset, std::span<const std::byte> bytes) const {
   while (!bytes.empty()) {
     const ssize_t n = ::pwrite(fd_, bytes.data(), bytes.size(), offset);
     if (n < 0 && errno == EINTR) continue;
@@ -195,6 +213,16 @@ absl::Status AddLayer(const LinearSpec& spec, const LayerParts& parts, TensorSpi
   }
   if (parts.prefix.has_value()) {
     NESTOR_RETURN_IF_ERROR(AddPair(name + ".prefix.", *parts.prefix, spill));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status ReplacePrefix(const LinearSpec& spec, const FactorPair& factors, TensorSpill* spill) {
+  const std::string stem = spec.name + ".prefix.";
+  for (const auto& [part, factor] : {std::pair("a", &factors.a), std::pair("bt", &factors.bt)}) {
+    NESTOR_RETURN_IF_ERROR(spill->Replace(stem + part, std::as_bytes(std::span(factor->codes))));
+    NESTOR_RETURN_IF_ERROR(spill->Replace(absl::StrCat(stem, part, "_scales"),
+                                          std::as_bytes(std::span(factor->scales))));
   }
   return absl::OkStatus();
 }

@@ -25,6 +25,8 @@ class TensorSpill {
 
   absl::Status Add(const std::string& name, DType dtype, std::vector<int64_t> shape,
                    std::span<const std::byte> bytes);
+  // Overwrites a tensor that was added. REQUIRES: the same number of bytes.
+  absl::Status Replace(const std::string& name, std::span<const std::byte> bytes);
   // Writes everything to a safetensors file at `path`: of the tensors in `kept_rows` that many
   // rows (0: none of it), of others all. Returns the checksums by name.
   absl::StatusOr<std::map<std::string, std::string>> WriteTensors(
@@ -37,6 +39,7 @@ class TensorSpill {
     int64_t offset;
   };
   TensorSpill(std::string path, int descriptor);
+  absl::Status WriteAt(int64_t offset, std::span<const std::byte> bytes) const;
   const std::string path_;
   const int fd_;
   mutable Mutex mutex_;
@@ -46,6 +49,8 @@ class TensorSpill {
 
 // Adds what docs/artifact_format.md lists for a layer, except its bias.
 absl::Status AddLayer(const LinearSpec& spec, const LayerParts& parts, TensorSpill* spill);
+// Puts new prefix factors in place of those that AddLayer added. REQUIRES: the same rank.
+absl::Status ReplacePrefix(const LinearSpec& spec, const FactorPair& factors, TensorSpill* spill);
 // Adds what the model reads beside its linear layers' weights: biases, norms, embeddings.
 absl::Status AddOtherTensors(const NestedModel& source, TensorSpill* spill);
 // INVALID_ARGUMENT names the file and the tensor that holds a NaN or an infinity.

@@ -11,13 +11,13 @@ namespace nestor {
 namespace {
 
 constexpr int64_t kResidualRankStep = 8;
-constexpr int64_t kPrefixRankStep = 16;
+constexpr int64_t kPrefixRankStep = 8;
 // A layer of fewer useful ranks than this many steps takes smaller ones.
 constexpr int64_t kLeastPrefixSteps = 4;
 
-FactorPair QuantisePair(const Decomposition& decomposition, const LinearSpec& spec) {
-  return {.a = QuantiseFactor(decomposition.a, decomposition.rank, spec.in),
-          .bt = QuantiseFactor(decomposition.bt, decomposition.rank, spec.out)};
+FactorPair QuantisePair(const Decomposition& decomposition, int64_t out, int64_t in) {
+  return {.a = QuantiseFactor(decomposition.a, decomposition.rank, in),
+          .bt = QuantiseFactor(decomposition.bt, decomposition.rank, out)};
 }
 
 // Energy that each rank leaves out: tails[r] = sum over k >= r of s_k^2.
@@ -54,7 +54,7 @@ absl::Status AddResidual(const LinearSpec& spec, std::span<const float> weights,
                                        .cost = bytes,
                                        .error = Share(tails[static_cast<size_t>(rank)], energy)});
   }
-  parts->residual = QuantisePair(decomposition, spec);
+  parts->residual = QuantisePair(decomposition, spec.out, spec.in);
   return absl::OkStatus();
 }
 
@@ -74,11 +74,18 @@ absl::Status AddPrefix(const LinearSpec& spec, std::span<const float> weights,
                                      .cost = CostOf(spec, settings, choice).flops,
                                      .error = Share(tails[static_cast<size_t>(rank)], energy)});
   }
-  parts->prefix = QuantisePair(decomposition, spec);
+  parts->prefix = QuantisePair(decomposition, spec.out, spec.in);
   return absl::OkStatus();
 }
 
 }  // namespace
+
+absl::StatusOr<FactorPair> FactorsOf(std::span<const float> weights, int64_t out, int64_t in,
+                                     std::span<const double> moment, int64_t max_rank) {
+  NESTOR_ASSIGN_OR_RETURN(const Decomposition decomposition,
+                          Decompose(weights, out, in, moment, max_rank));
+  return QuantisePair(decomposition, out, in);
+}
 
 std::vector<int64_t> PrefixRanks(int64_t out, int64_t in) {
   const int64_t largest = (out * in - 1) / (out + in);  // r (m + n) < m n

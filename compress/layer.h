@@ -26,6 +26,10 @@ struct FactorPair {
   FactorCodes bt;  // [rank, out]
 };
 
+// The factors of `weights` [out, in] for inputs with second moment `moment` [in, in], quantised.
+absl::StatusOr<FactorPair> FactorsOf(std::span<const float> weights, int64_t out, int64_t in,
+                                     std::span<const double> moment, int64_t max_rank);
+
 // One layer in all its forms, and what each choice costs and loses.
 struct LayerParts {
   std::optional<Planes> planes;      // not in a bf16 artifact without residual ladder

@@ -23,6 +23,7 @@
 #include "compress/evaluate.h"
 #include "compress/export.h"
 #include "compress/layer.h"
+#include "compress/refit.h"
 #include "compress/self_sample.h"
 #include "compress/sensitivity.h"
 
@@ -36,7 +37,7 @@ using Json = nlohmann::json;
 constexpr int64_t kResidualProbeRank = 16;
 constexpr int64_t kProbeTokens = 1024;
 // Each group costs a pass over the probe's tokens, which is a small one in an encoder.
-constexpr int64_t kLanguageModelDepths = 3;
+constexpr int64_t kLanguageModelDepths = 6;
 constexpr int64_t kEncoderDepths = 12;
 // A language model's tokens give a value each, an encoder's a value for each pair of sentences.
 constexpr int64_t kLanguageModelEvaluationTokens = 4096;
@@ -91,6 +92,7 @@ class Compression {
   absl::Status WeightBySensitivity();
   absl::Status WeightLadder(const std::string& ladder, int64_t probe_rank, LayerOptions* options);
   std::vector<Level> ChooseLevels() const;
+  absl::Status RefitPrefix(const std::vector<Level>& levels);
   absl::Status WriteParts(const std::vector<Level>& levels);
   absl::StatusOr<std::unique_ptr<Engine>> OpenParts(std::vector<Level> levels) const;
   absl::StatusOr<std::vector<Level>> MeasureLevels(std::vector<Level> levels);
@@ -98,6 +100,9 @@ class Compression {
 
   bool has_residual() const { return options_.ladder != LadderChoice::kPrefix; }
   bool has_prefix() const { return options_.ladder != LadderChoice::kResidual; }
+  bool allocates_prefix_evenly() const {
+    return options_.allocate == nullptr && source_->spec().is_encoder();
+  }
 
   const CompressOptions& options_;
   const std::string output_;  // without a slash at its end
@@ -174,7 +179,7 @@ absl::Status Compression::OpenSource() {
   NESTOR_ASSIGN_OR_RETURN(corpus_,
                           ReadCorpus(corpus, source_engine_->tokenizer(), source_->spec()));
   if (is_encoder) {
-    evaluation_ = ConsecutivePairs(corpus_.evaluation);
+    evaluation_ = SplicedPairs(corpus_.evaluation);
   } else {
     evaluation_.sequences = corpus_.evaluation;
   }
@@ -277,7 +282,8 @@ absl::Status Compression::WeightBySensitivity() {
   if (has_residual()) {
     NESTOR_RETURN_IF_ERROR(WeightLadder("residual", kResidualProbeRank, &ladder_options_.residual));
   }
-  if (has_prefix()) return WeightLadder("prefix", 0, &ladder_options_.prefix);
+  if (has_prefix() && !allocates_prefix_evenly())
+    return WeightLadder("prefix", 0, &ladder_options_.prefix);
   return absl::OkStatus();
 }
 
@@ -306,9 +312,9 @@ std::vector<Level> Compression::ChooseLevels() const {
   const LinearCost full_cost = CostOfProfile(source_->spec(), layers, full, options_.dense);
   std::vector<Level> levels;
   const auto add = [&](const std::string& ladder, const LayerOptions& options,
-                       const std::vector<int64_t>& targets) {
+                       const AllocateFunction& allocate, const std::vector<int64_t>& targets) {
     const Profile* last = nullptr;
-    for (const Profile& profile : options_.allocate(options, targets)) {
+    for (const Profile& profile : allocate(options, targets)) {
       // A small model may have nothing between two targets.
       if ((last != nullptr && *last == profile) || profile == full) continue;
       Level level;
@@ -318,15 +324,17 @@ std::vector<Level> Compression::ChooseLevels() const {
       last = &levels.back().profile;
     }
   };
+  const AllocateFunction along_hulls =
+      options_.allocate == nullptr ? AllocateAlongHulls : options_.allocate;
   levels.reserve(2 * static_cast<size_t>(options_.levels) + 1);
   if (has_residual()) {
     const double bytes = static_cast<double>(full_cost.weight_bytes);
     const double cheapest = static_cast<double>(LeastCost(ladder_options_.residual)) / bytes;
     std::vector<int64_t> targets;
     for (const double share : ResidualTargets(options_.levels, cheapest)) {
-      targets.push_back(std::llround(share * bytes));
+      targets.push_back(static_cast<int64_t>(share * bytes));
     }
-    add("residual", ladder_options_.residual, targets);
+    add("residual", ladder_options_.residual, along_hulls, targets);
   }
   if (has_prefix()) {
     int64_t dense_flops = 0;
@@ -334,9 +342,11 @@ std::vector<Level> Compression::ChooseLevels() const {
     const int64_t attention = full_cost.flops - dense_flops;  // no level changes it
     std::vector<int64_t> targets;
     for (const double share : PrefixTargets(options_.levels, source_->spec().is_encoder())) {
-      targets.push_back(std::llround(share * static_cast<double>(full_cost.flops)) - attention);
+      targets.push_back(static_cast<int64_t>(share * static_cast<double>(full_cost.flops)) -
+                        attention);
     }
-    add("prefix", ladder_options_.prefix, targets);
+    add("prefix", ladder_options_.prefix,
+        allocates_prefix_evenly() ? AllocateFunction(AllocateEvenly) : along_hulls, targets);
   }
   Level top;
   top.ladder = "full";
@@ -365,27 +375,28 @@ absl::Status Compression::WriteDescription(const std::vector<Level>* levels) con
                       {"residual_rank", stored_ranks_.residual[i]},
                       {"prefix_rank", stored_ranks_.prefix[i]}});
   }
-  Json description = {{"format", "nestor-nested"},
-                      {"version", 1},
-                      {"source",
-                       {{"name", fs::path(options_.source).lexically_normal().filename().string()},
-                        {"sha256", source_sha256_}}},
-                      {"dtype", is_int8 ? "int8" : "bf16"},
-                      {"group_size", kGroupSize},
-                      {"planes", is_int8          ? Json({4, 4})
-                                 : has_residual() ? Json::array({4})
-                                                  : Json::array()},
-                      {"layers", layers},
-                      {"calibration",
-                       {{"text_sha256", corpus_.calibration_sha256},
-                        {"tokens", report_.calibration_tokens},
-                        {"self_sampled_tokens", self_sample_tokens_}}},
-                      {"evaluation",
-                       {{"text_sha256", corpus_.evaluation_sha256},
-                        {"tokens", report_.evaluation_tokens},
-                        {"standard", source_->spec().is_encoder() ? "pairs of consecutive lines"
-                                                                  : "windows of 512 tokens"}}},
-                      {"checksums", checksums_}};
+  Json description = {
+      {"format", "nestor-nested"},
+      {"version", 1},
+      {"source",
+       {{"name", fs::path(options_.source).lexically_normal().filename().string()},
+        {"sha256", source_sha256_}}},
+      {"dtype", is_int8 ? "int8" : "bf16"},
+      {"group_size", kGroupSize},
+      {"planes", is_int8          ? Json({4, 4})
+                 : has_residual() ? Json::array({4})
+                                  : Json::array()},
+      {"layers", layers},
+      {"calibration",
+       {{"text_sha256", corpus_.calibration_sha256},
+        {"tokens", report_.calibration_tokens},
+        {"self_sampled_tokens", self_sample_tokens_}}},
+      {"evaluation",
+       {{"text_sha256", corpus_.evaluation_sha256},
+        {"tokens", report_.evaluation_tokens},
+        {"standard", source_->spec().is_encoder() ? "lines and splices with the next"
+                                                  : "windows of 512 tokens"}}},
+      {"checksums", checksums_}};
   if (levels != nullptr) description["levels"] = LevelsToJson(*levels);
   return WriteFileAtomically(partial_ + "/nested.json", description.dump(1));
 }
@@ -394,6 +405,38 @@ absl::StatusOr<std::unique_ptr<Engine>> Compression::OpenParts(std::vector<Level
   NESTOR_ASSIGN_OR_RETURN(std::unique_ptr<NestedModel> model, NestedModel::Open(partial_));
   NESTOR_RETURN_IF_ERROR(model->SetLevels(std::move(levels)));
   return OpenEngine(std::move(model), options_.make_backend, kWindowTokens);
+}
+
+absl::Status Compression::RefitPrefix(const std::vector<Level>& levels) {
+  RefitOptions options;
+  std::vector<int> prefix_levels;
+  for (size_t i = 0; i < levels.size(); ++i) {
+    if (levels[i].ladder == "prefix") prefix_levels.push_back(static_cast<int>(i));
+  }
+  if (prefix_levels.empty()) return absl::OkStatus();
+  // Every other level: what suits two neighbours suits the one between them.
+  for (size_t i = prefix_levels.size() > 1 ? 1 : 0; i < prefix_levels.size(); i += 2) {
+    options.levels.push_back(prefix_levels[i]);
+  }
+  const std::vector<LinearSpec>& layers = source_->layers();
+  for (size_t i = 0; i < layers.size(); ++i) {
+    // A head's output is compared nowhere in the walk.
+    const bool is_refitted = layers[i].role != LinearRole::kHead && stored_ranks_.prefix[i] > 0;
+    options.ranks.push_back(is_refitted ? PrefixRanks(layers[i].out, layers[i].in).back() : 0);
+  }
+  TokenSequences sequences;
+  for (const std::vector<int32_t>& sequence : corpus_.calibration) {
+    if (CountTokens(sequences) >= options_.refit_tokens) break;
+    sequences.push_back(sequence);
+  }
+  NESTOR_ASSIGN_OR_RETURN(std::unique_ptr<NestedModel> model, NestedModel::Open(partial_));
+  NESTOR_RETURN_IF_ERROR(model->SetLevels(levels));
+  NESTOR_RETURN_IF_ERROR(RefitFactors(std::move(model), *source_, sequences, options,
+                                      options_.make_backend,
+                                      [&](size_t layer, const FactorPair& factors) {
+                                        return ReplacePrefix(layers[layer], factors, spill_.get());
+                                      }));
+  return WriteParts(levels);
 }
 
 absl::StatusOr<std::vector<Level>> Compression::MeasureLevels(std::vector<Level> levels) {
@@ -414,6 +457,7 @@ absl::StatusOr<CompressReport> Compression::Run() {
     NESTOR_RETURN_IF_ERROR(WeightBySensitivity());
     const std::vector<Level> levels = ChooseLevels();
     NESTOR_RETURN_IF_ERROR(WriteParts(levels));
+    if (options_.refit_tokens > 0) NESTOR_RETURN_IF_ERROR(RefitPrefix(levels));
     spill_.reset();
     NESTOR_ASSIGN_OR_RETURN(const std::vector<Level> measured, MeasureLevels(levels));
     report_.levels = WithoutInversions(measured, &report_.notes);

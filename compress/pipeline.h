@@ -30,9 +30,14 @@ struct CompressOptions {
   // directions than a block's layers (methods: Residual ladders), so it may have more.
   int64_t max_residual_rank = 64;
   int64_t max_head_residual_rank = 128;
+  // Calibration tokens that a prefix ladder's factors are refitted on (RefitFactors); 0: not at
+  // all. A residual ladder gains nothing from it (measured) and is left as it is.
+  int64_t refit_tokens = 12288;
   int threads = 1;  // layers decomposed side by side
   BackendFactory make_backend;
-  AllocateFunction allocate = AllocateAlongHulls;
+  // Unset: along the hulls of measured sensitivity, but for an encoder's prefix ladder evenly,
+  // which measures as well there and keeps what unlike texts need.
+  AllocateFunction allocate;
 };
 
 struct CompressReport {

@@ -58,6 +58,10 @@ absl::Status RunCompress(const std::vector<std::string>& arguments) {
       "as many as --calibration-tokens unless given");
   flags.Add("max-residual-rank", &options.max_residual_rank, "most components of a residual");
   flags.Add("max-head-residual-rank", &options.max_head_residual_rank, "the same for the head");
+  flags.Add(
+      "refit-tokens", &options.refit_tokens,
+      "calibration tokens that a prefix ladder's factors are refitted on, for the inputs that its "
+      "levels really give each layer; 0: not at all");
   flags.Add("force", &options.overwrites, "replace OUT where it exists");
   flags.Add("json", &prints_json, "print the levels as one JSON object");
   NESTOR_ASSIGN_OR_RETURN(const std::vector<std::string> positional, flags.Parse(arguments));

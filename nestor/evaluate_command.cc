@@ -51,7 +51,7 @@ absl::StatusOr<EvaluationSet> ReadSet(const EvaluateOptions& options, const Engi
         *options.text, ": too short: ", CountTokens(sequences), " tokens in ", sequences.size(),
         spec.is_encoder() ? " lines" : " windows", ", at least ", needed, " are needed"));
   }
-  if (spec.is_encoder()) return ConsecutivePairs(std::move(sequences));
+  if (spec.is_encoder()) return SplicedPairs(sequences);
   return EvaluationSet{.sequences = std::move(sequences), .pairs = {}, .labels = {}};
 }
 

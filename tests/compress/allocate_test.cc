@@ -118,6 +118,63 @@ TEST(AllocateAlongHullsTest, AStepThatDoesNotFitDoesNotBlockSmallerOnes) {
   EXPECT_EQ(profiles[2], (Profile{{Form::kDense, 0}, {Form::kResidual, 8}}));
 }
 
+LayerOption Prefix(int64_t rank, int64_t cost, double error) {
+  return {{Form::kPrefix, rank}, cost, error};
+}
+
+TEST(AllocateEvenlyTest, GivesEveryLayerTheLargestCommonRankThatFits) {
+  const LayerOptions options = {{Dense(40), Prefix(8, 10, 0.9), Prefix(16, 20, 0.5)},
+                                {Prefix(8, 5, 0.4), Dense(12)}};
+  const std::vector<Profile> profiles =
+      AllocateEvenly(options, std::vector<int64_t>{3, 15, 25, 32, 51, 52});
+  const Profile least = {{Form::kPrefix, 8}, {Form::kPrefix, 8}};
+  EXPECT_EQ(profiles[0], least);
+  EXPECT_EQ(profiles[1], least);
+  // At rank 16 the second layer is dense, since its factors end before. That does not fit; a step
+  // of one layer does.
+  EXPECT_EQ(profiles[2], (Profile{{Form::kPrefix, 8}, {Form::kDense, 0}}));
+  EXPECT_EQ(profiles[3], (Profile{{Form::kPrefix, 16}, {Form::kDense, 0}}));
+  EXPECT_EQ(profiles[4], profiles[3]);
+  EXPECT_EQ(profiles[5], (Profile{{Form::kDense, 0}, {Form::kDense, 0}}));
+}
+
+TEST(AllocateEvenlyTest, WhatIsLeftGoesWhereItSavesMost) {
+  const LayerOptions options = {{Prefix(8, 10, 0.9), Prefix(16, 20, 0.8), Dense(40)},
+                                {Prefix(8, 10, 0.9), Prefix(16, 20, 0.2), Dense(40)}};
+  EXPECT_EQ(AllocateEvenly(options, std::vector<int64_t>{30})[0],
+            (Profile{{Form::kPrefix, 8}, {Form::kPrefix, 16}}));
+}
+
+TEST(AllocateEvenlyTest, ProfilesAreNestedAndWithinTheirTargets) {
+  std::mt19937_64 random(3);
+  for (int trial = 0; trial < 20; ++trial) {
+    LayerOptions options(7);
+    int64_t cheapest = 0;
+    int64_t dearest = 0;
+    for (auto& layer : options) {
+      const int64_t step = 1 + static_cast<int64_t>(random() % 5);
+      const int64_t count = 2 + static_cast<int64_t>(random() % 4);
+      for (int64_t i = 1; i <= count; ++i) {
+        layer.push_back(Prefix(8 * i, step * i, 1.0 / static_cast<double>(i + random() % 3)));
+      }
+      layer.push_back(Dense(step * (count + 1)));
+      cheapest += step;
+      dearest += step * (count + 1);
+    }
+    std::vector<int64_t> targets;
+    for (int64_t target = cheapest; target <= dearest; target += 2) targets.push_back(target);
+    const std::vector<Profile> profiles = AllocateEvenly(options, targets);
+    for (size_t i = 0; i < profiles.size(); ++i) {
+      EXPECT_LE(CostOf(options, profiles[i]), targets[i]);
+      for (size_t layer = 0; i > 0 && layer < options.size(); ++layer) {
+        const FormAndRank& now = profiles[i][layer];
+        EXPECT_TRUE(now.form == Form::kDense || now.rank >= profiles[i - 1][layer].rank);
+        EXPECT_TRUE(profiles[i - 1][layer].form != Form::kDense || now.form == Form::kDense);
+      }
+    }
+  }
+}
+
 // What AllocateAlongHulls passes through: costs at which the greedy walk is exact.
 std::vector<int64_t> ChainCosts(const LayerOptions& options) {
   std::vector<std::pair<double, int64_t>> steps;

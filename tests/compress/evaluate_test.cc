@@ -1,5 +1,6 @@
 #include "compress/evaluate.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "base/file.h"
@@ -33,6 +34,25 @@ TEST(SpearmanTest, TiesGetTheMeanOfTheirRanks) {
 
 TEST(SpearmanTest, AConstantSideCorrelatesWithNothing) {
   EXPECT_EQ(Spearman(std::vector<double>{1, 1, 1}, std::vector<double>{1, 2, 3}), 0);
+}
+
+TEST(SplicedPairsTest, GoFromTheLineItselfToTheNextOne) {
+  TokenSequences lines;
+  for (int32_t i = 0; i < 201; ++i) lines.push_back({1, 10 + i, 10 + i, 10 + i, 10 + i, 2});
+  const EvaluationSet set = SplicedPairs(lines);
+  ASSERT_EQ(set.pairs.size(), 100u);
+  std::vector<int> with_tail(7, 0);  // by tokens of the next line
+  for (size_t i = 0; i < set.pairs.size(); ++i) {
+    EXPECT_EQ(set.sequences[set.pairs[i].first], lines[2 * i]);
+    const std::vector<int32_t>& splice = set.sequences[set.pairs[i].second];
+    EXPECT_EQ(splice.front(), 1);
+    EXPECT_EQ(splice.back(), 2);
+    const auto own = std::count(splice.begin(), splice.end(), 10 + 2 * static_cast<int32_t>(i));
+    const auto next = std::count(splice.begin(), splice.end(), 11 + 2 * static_cast<int32_t>(i));
+    EXPECT_EQ(own + next, std::ssize(splice) - 2);
+    ++with_tail[static_cast<size_t>(next)];
+  }
+  for (size_t next = 0; next <= 4; ++next) EXPECT_GT(with_tail[next], 10) << next;
 }
 
 TEST(PerplexityTest, IsTheExponentialOfTheMeanLossOverAllTokens) {

@@ -192,6 +192,39 @@ INSTANTIATE_TEST_SUITE_P(
                     Case{"bert_bf16_prefix", "bert", LadderChoice::kPrefix, DenseStorage::kBf16}),
     [](const auto& info) { return info.param.name; });
 
+// Mean squared distance of a level's embeddings of `text` from the full level's.
+double DistanceFromFull(const std::string& artifact, int level, const std::string& text) {
+  const std::unique_ptr<Engine> engine = OpenArtifact(artifact, MakeCpu);
+  const auto sequences = SequencesOf(text, engine->tokenizer(), engine->model().spec(), 0);
+  EXPECT_TRUE(sequences.ok());
+  const int full = static_cast<int>(engine->model().levels().size()) - 1;
+  const auto cut = EmbedSentences(engine.get(), *sequences, level, nullptr);
+  const auto whole = EmbedSentences(engine.get(), *sequences, full, nullptr);
+  EXPECT_TRUE(cut.ok() && whole.ok());
+  double sum = 0;
+  for (size_t i = 0; i < cut->size(); ++i) {
+    for (size_t j = 0; j < (*cut)[i].size(); ++j) {
+      sum += std::pow(static_cast<double>((*cut)[i][j]) - (*whole)[i][j], 2);
+    }
+  }
+  return sum / static_cast<double>(cut->size());
+}
+
+TEST_F(PipelineTest, RefittedPrefixesStayCloserToTheFullLevel) {
+  CompressOptions options = Options("bert");
+  options.ladder = LadderChoice::kPrefix;
+  options.refit_tokens = 0;
+  ASSERT_TRUE(Compress(options).ok());
+  options.output = Path("refitted.nested");
+  options.refit_tokens = 2560;
+  const auto report = Compress(options);
+  ASSERT_TRUE(report.ok()) << report.status();
+  // The second level is one of those that are walked; the text is new.
+  const std::string text = RandomText(100, 4);
+  EXPECT_LT(DistanceFromFull(options.output, 1, text),
+            0.9 * DistanceFromFull(Path("out.nested"), 1, text));
+}
+
 TEST_F(PipelineTest, PlanesHoldTheSourceWeights) {
   const CompressOptions options = Options("llama");
   ASSERT_TRUE(Compress(options).ok());
