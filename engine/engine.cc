@@ -134,6 +134,7 @@ absl::Status TransformerEngine::Load() {
   const ModelSpec& spec = model_->spec();
   NESTOR_ASSIGN_OR_RETURN(transformer_, Transformer::Load(model_.get(), backend_.get(),
                                                           options_.max_step_rows, kMaxOutputRows));
+  model_->tensors().DropPages();
   const auto order_of = [](const Level& level) {
     return level.ladder == "prefix" ? 0 : level.ladder == "residual" ? 1 : 2;
   };

@@ -210,6 +210,10 @@ absl::StatusOr<std::unique_ptr<TensorFile>> TensorFile::OpenCheckpoint(
   return Open(paths);
 }
 
+void TensorFile::DropPages() const {
+  for (const MappedFile& file : files_) file.DropPages();
+}
+
 absl::StatusOr<TensorView> TensorFile::Get(const std::string& name,
                                            const std::vector<int64_t>& expected_shape) const {
   const auto found = tensors_.find(name);

@@ -48,6 +48,8 @@ class TensorFile {
                                                const std::vector<int64_t>& expected_shape) const;
   const std::map<std::string, TensorView>& tensors() const { return tensors_; }
   const std::vector<std::string>& paths() const { return paths_; }
+  // Gives the files' pages back to the system, once what is needed of them has been copied.
+  void DropPages() const;
 
  private:
   TensorFile() = default;
