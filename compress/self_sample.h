@@ -14,7 +14,7 @@ struct SelfSampleOptions {
 };
 
 // Sequences running side by side; with kWindowTokens positions each.
-inline constexpr int64_t kSelfSampleBatch = 16;
+inline constexpr int64_t kSelfSampleBatch = 32;
 
 // How many windows SampleFromModel returns, and their tokens: `options.tokens` rounded up to whole
 // windows.
