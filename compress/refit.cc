@@ -58,14 +58,14 @@ InputMoments MomentsOf(const std::vector<float>& inputs, int64_t num_levels, int
 absl::StatusOr<std::vector<double>> GuessOfInputs(const InputMoments& moments, int64_t n) {
   double energy = 0;
   for (int64_t i = 0; i < n; ++i) energy += moments.own[static_cast<size_t>(i * n + i)];
-  const double damping = kDamping * energy / static_cast<double>(n);
+  // An input that is always zero keeps its layer: P = I.
+  const double damping = energy > 0 ? kDamping * energy / static_cast<double>(n) : 1;
   std::vector<double> left = moments.own;
   std::vector<double> guess = moments.cross;
   for (int64_t i = 0; i < n; ++i) {
     left[static_cast<size_t>(i * n + i)] += damping;
     guess[static_cast<size_t>(i * n + i)] += damping;
   }
-  if (energy == 0) return absl::InternalError("the calibration text never excites this input");
   // P left = right with a symmetric left. A row of `guess` is a column to LAPACK.
   const char triangle = 'U';
   const lapack_int size = static_cast<lapack_int>(n);
