@@ -47,7 +47,8 @@ void GenerateReactor::Finish(const absl::Status& status, TaskResult result) {
     end_ = status;
     action = NextAction();
   }
-  Do(action);
+  // With nothing to do here, a write in flight ends the call, and may have deleted this by now.
+  if (action != Action::kNone) Do(action);
 }
 
 GenerateReactor::Action GenerateReactor::NextAction() {

@@ -202,6 +202,8 @@ TEST_F(ServerTest, BudgetsChooseTheLevelAndUsageSaysWhatRan) {
   v1::GenerateRequest request = TextRequest("abc", 4);
   request.mutable_budget()->set_max_cost(0.7);
   Outcome outcome = Generate(request);
+  ASSERT_TRUE(outcome.status.ok()) << outcome.status.error_message();
+  ASSERT_EQ(outcome.usage.completion_levels_size(), 1);
   EXPECT_EQ(outcome.usage.completion_levels(0).level(), 1);
   EXPECT_NEAR(outcome.usage.mean_relative_cost(), 2.0 / 3, 1e-9);
   EXPECT_NEAR(outcome.usage.expected_quality(), 0.95, 1e-9);
@@ -209,6 +211,9 @@ TEST_F(ServerTest, BudgetsChooseTheLevelAndUsageSaysWhatRan) {
   request.mutable_budget()->Clear();
   request.mutable_budget()->set_level(0);
   outcome = Generate(request);
+  ASSERT_TRUE(outcome.status.ok()) << outcome.status.error_message();
+  ASSERT_EQ(outcome.usage.prompt_levels_size(), 1);
+  ASSERT_EQ(outcome.usage.completion_levels_size(), 1);
   EXPECT_EQ(outcome.usage.prompt_levels(0).level(), 0);
   EXPECT_EQ(outcome.usage.completion_levels(0).level(), 0);
 
