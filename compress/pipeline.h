@@ -36,7 +36,7 @@ struct CompressOptions {
   int threads = 1;  // layers decomposed side by side
   BackendFactory make_backend;
   // Unset: along the hulls of measured sensitivity, but for an encoder's prefix ladder evenly,
-  // which measures as well there and keeps what unlike texts need.
+  // which measures as well there and needs no measurement.
   AllocateFunction allocate;
 };
 
