@@ -155,21 +155,30 @@ class RefittingBackend final : public Backend {
 
  private:
   absl::Status RefitAndRun(const LinearCall& call) {
+    NESTOR_RETURN_IF_ERROR(RefitLayersOf(call));
+    std::vector<LinearPart> parts(call.parts.begin(), call.parts.end());
+    for (LinearPart& part : parts) part.layer = inner_ids_[static_cast<size_t>(part.layer)];
+    LinearCall inner = call;
+    inner.parts = parts;
+    inner_->Linear(inner);
+    return absl::OkStatus();
+  }
+
+  absl::Status RefitLayersOf(const LinearCall& call) {
+    const auto waits = [&](const LinearPart& part) {
+      return inner_ids_[static_cast<size_t>(part.layer)] == kNone;
+    };
+    if (std::none_of(call.parts.begin(), call.parts.end(), waits)) return absl::OkStatus();
     const int64_t n = call.in.cols;
     std::vector<float> inputs(static_cast<size_t>(call.rows * n));
     inner_->Read(call.in, 0, call.rows, inputs.data());
     const InputMoments moments =
         MomentsOf(inputs, static_cast<int64_t>(options_->levels.size()), n);
     NESTOR_ASSIGN_OR_RETURN(const std::vector<double> guess, GuessOfInputs(moments, n));
-    std::vector<LinearPart> parts(call.parts.begin(), call.parts.end());
-    for (LinearPart& part : parts) {
-      const size_t layer = static_cast<size_t>(part.layer);
-      if (inner_ids_[layer] == kNone) NESTOR_RETURN_IF_ERROR(Refit(layer, guess, moments.own));
-      part.layer = inner_ids_[layer];
+    for (const LinearPart& part : call.parts) {
+      if (!waits(part)) continue;
+      NESTOR_RETURN_IF_ERROR(Refit(static_cast<size_t>(part.layer), guess, moments.own));
     }
-    LinearCall inner = call;
-    inner.parts = parts;
-    inner_->Linear(inner);
     return absl::OkStatus();
   }
 
