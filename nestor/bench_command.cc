@@ -29,6 +29,7 @@ constexpr int kMaxRows = 512;
 
 struct BenchFlags {
   int64_t threads = 0;
+  std::optional<std::string> instruction_set;
   std::optional<std::string> levels;
   std::string rows = "1,4,16";
   std::optional<int64_t> prompt_tokens;
@@ -81,6 +82,8 @@ struct BenchReport {
 
 void Declare(Flags* flags, BenchFlags* values) {
   flags->Add("threads", &values->threads, "threads; 0: as many as this process may use");
+  flags->Add("instruction-set", &values->instruction_set,
+             "portable, avx2, avx512 or avx512_bf16 (default: the best this machine has)");
   flags->Add("levels", &values->levels, "levels to measure, e.g. 0,3 (default: all)");
   flags->Add("rows", &values->rows, "sequences that decode together");
   flags->Add("prompt-tokens", &values->prompt_tokens,
@@ -199,11 +202,19 @@ void AddEncoderJobs(const BenchPlan& plan, EngineTimer* timer, BenchReport* repo
 }
 
 absl::StatusOr<BenchReport> RunAll(const std::string& directory, const BenchFlags& flags) {
+  std::optional<CpuInstructionSet> instruction_set;
+  if (flags.instruction_set.has_value()) {
+    instruction_set = InstructionSetNamed(*flags.instruction_set);
+    if (!instruction_set.has_value()) {
+      return UsageError(absl::StrCat("--instruction-set: ", *flags.instruction_set,
+                                     ", expected portable, avx2, avx512 or avx512_bf16"));
+    }
+  }
   NESTOR_ASSIGN_OR_RETURN(std::unique_ptr<NestedModel> model, NestedModel::Open(directory));
   NESTOR_ASSIGN_OR_RETURN(const BenchPlan plan, MakePlan(flags, *model));
   BenchReport report;
   report.model = directory;
-  report.cpu = DescribeCpu(BestInstructionSet());
+  report.cpu = DescribeCpu(instruction_set.value_or(BestInstructionSet()));
   report.is_encoder = model->spec().is_encoder();
   report.plan = plan;
   // Before the weights are loaded: the probe needs memory of its own.
@@ -211,7 +222,7 @@ absl::StatusOr<BenchReport> RunAll(const std::string& directory, const BenchFlag
   const EngineOptions options = OptionsFor(plan, model->spec());
   NESTOR_ASSIGN_OR_RETURN(
       std::unique_ptr<Backend> backend,
-      MakeCpuBackend({.num_threads = plan.threads, .instruction_set = std::nullopt}));
+      MakeCpuBackend({.num_threads = plan.threads, .instruction_set = instruction_set}));
   NESTOR_ASSIGN_OR_RETURN(const std::unique_ptr<Engine> engine,
                           Engine::Create(std::move(model), std::move(backend), options));
   EngineTimer timer(engine.get());

@@ -270,8 +270,7 @@ absl::StatusOr<std::unique_ptr<Backend>> MakeCpuBackend(const CpuOptions& option
     return absl::InvalidArgumentError(absl::StrCat("instruction_set: ", InstructionSetName(chosen),
                                                    " asked for; this machine has ",
                                                    InstructionSetName(best)));
-  const CpuKernels& kernels =
-      chosen == CpuInstructionSet::kAvx2 ? Avx2Kernels() : PortableKernels();
+  const CpuKernels& kernels = KernelsFor(chosen);
   const int num_threads = options.num_threads == 0 ? AvailableCpus() : options.num_threads;
   return std::make_unique<CpuBackend>(&kernels, num_threads);
 }

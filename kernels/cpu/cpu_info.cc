@@ -144,11 +144,36 @@ int64_t AvailableMemoryBytes() {
 CpuInstructionSet BestInstructionSet() {
   __builtin_cpu_init();
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  return has_avx2 ? CpuInstructionSet::kAvx2 : CpuInstructionSet::kPortable;
+  if (!has_avx2) return CpuInstructionSet::kPortable;
+  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") &&
+                          __builtin_cpu_supports("avx512vl") &&
+                          __builtin_cpu_supports("avx512vnni");
+  if (!has_avx512) return CpuInstructionSet::kAvx2;
+  return __builtin_cpu_supports("avx512bf16") ? CpuInstructionSet::kAvx512Bf16
+                                              : CpuInstructionSet::kAvx512;
 }
 
 const char* InstructionSetName(CpuInstructionSet instruction_set) {
-  return instruction_set == CpuInstructionSet::kAvx2 ? "AVX2" : "portable";
+  switch (instruction_set) {
+    case CpuInstructionSet::kPortable:
+      return "portable";
+    case CpuInstructionSet::kAvx2:
+      return "AVX2";
+    case CpuInstructionSet::kAvx512:
+      return "AVX-512";
+    case CpuInstructionSet::kAvx512Bf16:
+      return "AVX-512 BF16";
+  }
+  return "unknown";
+}
+
+std::optional<CpuInstructionSet> InstructionSetNamed(const std::string& name) {
+  if (name == "portable") return CpuInstructionSet::kPortable;
+  if (name == "avx2") return CpuInstructionSet::kAvx2;
+  if (name == "avx512") return CpuInstructionSet::kAvx512;
+  if (name == "avx512_bf16") return CpuInstructionSet::kAvx512Bf16;
+  return std::nullopt;
 }
 
 std::string DescribeCpu(CpuInstructionSet instruction_set) {

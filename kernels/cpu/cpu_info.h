@@ -6,12 +6,18 @@
 
 namespace nestor {
 
-enum class CpuInstructionSet : uint8_t { kPortable, kAvx2 };
+// In ascending order: a machine that has one has those before it.
+//   kAvx2        AVX2 and FMA
+//   kAvx512      AVX-512 F, BW, DQ, VL and VNNI
+//   kAvx512Bf16  BF16 as well
+enum class CpuInstructionSet : uint8_t { kPortable, kAvx2, kAvx512, kAvx512Bf16 };
 
 // The best one that this machine and this build have.
 CpuInstructionSet BestInstructionSet();
-// "portable", "AVX2".
+// "portable", "AVX2", "AVX-512", "AVX-512 BF16".
 const char* InstructionSetName(CpuInstructionSet instruction_set);
+// The one that a flag calls "portable", "avx2", "avx512" or "avx512_bf16".
+std::optional<CpuInstructionSet> InstructionSetNamed(const std::string& name);
 // "AMD EPYC 9B45 (AVX2)": the model name and the instruction set in use.
 std::string DescribeCpu(CpuInstructionSet instruction_set);
 

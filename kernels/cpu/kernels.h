@@ -17,12 +17,18 @@ namespace nestor {
 //     low nibble and of input 16 + 4 c + i in the high one, each plus 8.
 //   B panel       32 outputs: [rank][32] int8 and [rank] bf16 scales
 //   bf16 panel    16 outputs: [in][16]; element 2 i is output i, element 2 i + 1 output 8 + i
+// and, unpacked for many rows:
+//   fp32 panel    16 outputs: [in][16]
+//   int8 panel    16 outputs: [groups] x {8 lines of codes plus 128, 16 fp32 scales}; line c holds
+//                 for output o, at byte 4 o + i, input 4 c + i
+//   pair panel    16 outputs in bf16: [in / 2][16][2], zeros behind an odd last input
 
 inline constexpr int64_t kPanelOutputs = 16;
 inline constexpr int64_t kUnitOutputs = 32;  // two panels, or one B panel
 inline constexpr int64_t kCoarseGroupBytes = 288;
 inline constexpr int64_t kFineGroupBytes = 256;
-// Steps of more rows multiply in fp32.
+inline constexpr int64_t kInt8GroupBytes = 576;
+// Steps of more rows unpack their weights first.
 inline constexpr int kMaxFewRows = 16;
 
 // One row of activations in int8: x[j] = scales[j / 32] * codes[j]. `index` is its row in the
@@ -30,8 +36,17 @@ inline constexpr int kMaxFewRows = 16;
 struct QuantisedRow {
   const int8_t* codes = nullptr;
   const float* scales = nullptr;
-  const int32_t* sums = nullptr;  // of the codes of a group
+  const int32_t* offsets = nullptr;  // -128 x the sum of a group's codes
   int64_t index = 0;
+};
+
+// The same for row after row.
+struct QuantisedRows {
+  const int8_t* codes = nullptr;
+  int64_t code_stride = 0;
+  const float* scales = nullptr;
+  const int32_t* offsets = nullptr;
+  int64_t scale_stride = 0;  // of the scales and the offsets
 };
 
 // One row of floats (activations, or z = A x) and its row in the output buffer.
@@ -46,7 +61,7 @@ struct CpuKernels {
   // Symmetric int8 in groups of 32, to nearest even: scale = absmax / 127. A group with a value
   // that is not finite gets the scale NaN and codes 0, so that every output that reads it is NaN;
   // one below 1e-30 gets codes 0. Pads codes with 0 up to a group.
-  void (*quantise)(const float* x, int64_t n, int8_t* codes, float* scales, int32_t* sums);
+  void (*quantise)(const float* x, int64_t n, int8_t* codes, float* scales, int32_t* offsets);
 
   // out[index][0..15] = the panel times each row; `fine` is null for the coarse plane alone.
   // Bound: 288 (544) bytes and 1,024 (2,048) integer multiply-adds a group and row.
@@ -56,7 +71,7 @@ struct CpuKernels {
   void (*factor_a)(const int8_t* a, const uint16_t* scales, int64_t groups,
                    const QuantisedRow* rows, int num_rows, float* z);
   // out[index][0..31] += the first `rank` rows of the B panel, weighted by rows' z. `scratch` holds
-  // 4 * (rank rounded up to 8) floats; z and scales may be read up to a multiple of 8.
+  // 4 * (rank rounded up to 16) floats; z and scales may be read up to a multiple of 8.
   void (*factor_b)(const int8_t* panel, const uint16_t* scales, int64_t rank, const FloatRow* rows,
                    int num_rows, float* scratch, float* out);
   // out[index][0..15] = the panel times each row.
@@ -81,6 +96,30 @@ struct CpuKernels {
   // outputs <= 16. Bound: 32 * depth FLOPs a row. A row's result does not depend on `rows`.
   void (*gemm)(const float* x, int64_t x_stride, int64_t rows, int64_t depth, const float* panel,
                const float* bias, float* out, int64_t out_stride, int64_t outputs, bool adds);
+
+  // The int8 path, null where the machine has no dot product of bytes: planes and A times rows that
+  // are rounded to int8, exact in 32 bits within a group.
+  void (*int8_panel_from_planes)(const uint8_t* coarse, const uint8_t* fine, int64_t groups,
+                                 uint8_t* panel) = nullptr;
+  void (*int8_panel_from_a)(const int8_t* a, int64_t stride, const uint16_t* scales,
+                            int64_t scale_stride, int64_t count, int64_t groups,
+                            uint8_t* panel) = nullptr;
+  // As `gemm`. Bound: 1,024 integer multiply-adds a group and row.
+  void (*int8_gemm)(const QuantisedRows& rows, int64_t num_rows, int64_t groups,
+                    const uint8_t* panel, const float* bias, float* out, int64_t out_stride,
+                    int64_t outputs, bool adds) = nullptr;
+
+  // The bf16 path, null where the machine has no dot product of bf16 pairs: B and bf16 weights
+  // times rows that are rounded to bf16. Subnormals count as zeros.
+  // out[0..n) to nearest even; zeros from there up to a multiple of 16.
+  void (*bf16_round_row)(const float* x, int64_t n, uint16_t* out) = nullptr;
+  void (*bf16_panel_from_b)(const int8_t* b, const uint16_t* scales, int64_t rank,
+                            uint16_t* panel) = nullptr;
+  void (*bf16_panel_from_bf16)(const uint16_t* values, int64_t depth, uint16_t* panel) = nullptr;
+  // As `gemm`; where `depth` is odd the value behind a row's last is read, and must be finite.
+  void (*bf16_gemm)(const uint16_t* x, int64_t x_stride, int64_t rows, int64_t depth,
+                    const uint16_t* panel, const float* bias, float* out, int64_t out_stride,
+                    int64_t outputs, bool adds) = nullptr;
 
   // `bias` may be null; `out` may be `x`.
   void (*rms_norm)(const float* x, const float* gain, const float* bias, int64_t n, float epsilon,
@@ -109,5 +148,10 @@ struct CpuKernels {
 const CpuKernels& PortableKernels();
 // REQUIRES: the machine has AVX2 and FMA.
 const CpuKernels& Avx2Kernels();
+// REQUIRES: the machine has AVX-512 F, BW, DQ, VL and VNNI; for the second, BF16 as well.
+const CpuKernels& Avx512Kernels();
+const CpuKernels& Avx512Bf16Kernels();
+// REQUIRES: the machine has `instruction_set`.
+const CpuKernels& KernelsFor(CpuInstructionSet instruction_set);
 
 }  // namespace nestor

@@ -63,7 +63,7 @@ __m256i LaneMask(int64_t n) {
 
 // ---- int8 activations ----
 
-void QuantiseGroup(const float* x, int8_t* codes, float* scale, int32_t* sum) {
+void QuantiseGroup(const float* x, int8_t* codes, float* scale, int32_t* offset) {
   __m256 v[4];
   __m256i largest = _mm256_setzero_si256();
 #pragma GCC unroll 8
@@ -78,14 +78,15 @@ void QuantiseGroup(const float* x, int8_t* codes, float* scale, int32_t* sum) {
   *scale = largest_bits >= 0x7f800000 ? __builtin_nanf("") : absmax / 127.0f;
   if (largest_bits >= 0x7f800000 || absmax < 1e-30f) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), _mm256_setzero_si256());
-    *sum = 0;
+    *offset = 0;
     return;
   }
   const __m256 inverse = _mm256_set1_ps(1.0f / *scale);
   __m256i q[4];
 #pragma GCC unroll 8
   for (int i = 0; i < 4; ++i) q[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], inverse));
-  *sum = SumInt(_mm256_add_epi32(_mm256_add_epi32(q[0], q[1]), _mm256_add_epi32(q[2], q[3])));
+  *offset =
+      -128 * SumInt(_mm256_add_epi32(_mm256_add_epi32(q[0], q[1]), _mm256_add_epi32(q[2], q[3])));
   const __m256i packed =
       _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
@@ -93,14 +94,14 @@ void QuantiseGroup(const float* x, int8_t* codes, float* scale, int32_t* sum) {
                       _mm256_permutevar8x32_epi32(packed, order));
 }
 
-void Quantise(const float* x, int64_t n, int8_t* codes, float* scales, int32_t* sums) {
+void Quantise(const float* x, int64_t n, int8_t* codes, float* scales, int32_t* offsets) {
   int64_t g = 0;
   for (; (g + 1) * kGroup <= n; ++g)
-    QuantiseGroup(x + g * kGroup, codes + g * kGroup, scales + g, sums + g);
+    QuantiseGroup(x + g * kGroup, codes + g * kGroup, scales + g, offsets + g);
   if (g * kGroup == n) return;
   float padded[kGroup] = {};
   for (int64_t j = g * kGroup; j < n; ++j) padded[j - g * kGroup] = x[j];
-  QuantiseGroup(padded, codes + g * kGroup, scales + g, sums + g);
+  QuantiseGroup(padded, codes + g * kGroup, scales + g, offsets + g);
 }
 
 // ---- planes ----
@@ -167,8 +168,8 @@ void PlanesTile(const uint8_t* coarse, const uint8_t* fine, int64_t groups,
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) {
         // Both codes are stored plus 8: 16 * 8 (+ 8) times the sum of the inputs is too much.
-        const __m256i excess = _mm256_set1_epi32(rows[t].sums[g] * (kHasFine ? 136 : 128));
-        const __m256 dot = _mm256_cvtepi32_ps(_mm256_sub_epi32(dots[t], excess));
+        const int32_t offset = rows[t].offsets[g] + (kHasFine ? rows[t].offsets[g] / 16 : 0);
+        const __m256 dot = _mm256_cvtepi32_ps(_mm256_add_epi32(dots[t], _mm256_set1_epi32(offset)));
         const __m256 scales = _mm256_mul_ps(weight_scales, _mm256_set1_ps(rows[t].scales[g]));
         sums[half][t] = _mm256_fmadd_ps(dot, scales, sums[half][t]);
       }

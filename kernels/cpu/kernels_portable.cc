@@ -16,7 +16,7 @@ namespace {
 constexpr int64_t kLineBytes = 64;
 constexpr int64_t kCodeBytes = 4 * kLineBytes;
 
-void Quantise(const float* x, int64_t n, int8_t* codes, float* scales, int32_t* sums) {
+void Quantise(const float* x, int64_t n, int8_t* codes, float* scales, int32_t* offsets) {
   for (int64_t g = 0; g < NumGroups(n); ++g) {
     const int64_t begin = g * kGroupSize;
     const int64_t end = std::min(begin + kGroupSize, n);
@@ -27,13 +27,13 @@ void Quantise(const float* x, int64_t n, int8_t* codes, float* scales, int32_t* 
       largest = std::max(largest, std::fabs(x[j]));
     }
     std::memset(codes + begin, 0, kGroupSize);
-    sums[g] = 0;
+    offsets[g] = 0;
     scales[g] = is_finite ? largest / 127.0f : std::numeric_limits<float>::quiet_NaN();
     if (!is_finite || largest < 1e-30f) continue;
     const float inverse = 1.0f / scales[g];
     for (int64_t j = begin; j < end; ++j) {
       codes[j] = static_cast<int8_t>(std::nearbyint(x[j] * inverse));
-      sums[g] += codes[j];
+      offsets[g] -= 128 * codes[j];
     }
   }
 }

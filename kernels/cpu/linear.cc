@@ -86,11 +86,21 @@ void LinearRunner::PlanCall(const LinearCall& call, std::span<const PackedLinear
       z_size += stage->z_stride * call.rows;
     }
   }
+  z_size_ = z_size;
   z_.GrowTo(z_size);
 }
 
 void LinearRunner::RunFewRows(const LinearCall& call) {
-  if (NeedsCodes(call)) QuantiseInput(call);
+  if (NeedsCodes(call)) {
+    PrepareCodes(call);
+    for (int64_t t = 0; t < call.rows; ++t) {
+      QuantiseRow(call, t);
+      quantised_[t] = {.codes = codes_.data() + t * code_stride_,
+                       .scales = scales_.data() + t * scale_stride_,
+                       .offsets = offsets_.data() + t * scale_stride_,
+                       .index = t};
+    }
+  }
   num_components_ = 0;
   int64_t max_stride = 0;
   int64_t units = 0;
@@ -132,20 +142,17 @@ bool LinearRunner::NeedsCodes(const LinearCall& call) const {
   return false;
 }
 
-void LinearRunner::QuantiseInput(const LinearCall& call) {
-  const int64_t groups = NumGroups(call.in.cols);
-  const int64_t code_stride = PaddedToGroup(call.in.cols);
-  const int64_t scale_stride = RoundUp(groups, 8);
-  codes_.GrowTo(kMaxFewRows * code_stride);
-  scales_.GrowTo(kMaxFewRows * scale_stride);
-  sums_.GrowTo(kMaxFewRows * groups);
-  for (int64_t t = 0; t < call.rows; ++t) {
-    int8_t* codes = codes_.data() + t * code_stride;
-    float* scales = scales_.data() + t * scale_stride;
-    int32_t* sums = sums_.data() + t * groups;
-    kernels_->quantise(InputRow(call, t), call.in.cols, codes, scales, sums);
-    quantised_[t] = {.codes = codes, .scales = scales, .sums = sums, .index = t};
-  }
+void LinearRunner::PrepareCodes(const LinearCall& call) {
+  code_stride_ = PaddedToGroup(call.in.cols);
+  scale_stride_ = RoundUp(NumGroups(call.in.cols), 8);
+  codes_.GrowTo(call.rows * code_stride_);
+  scales_.GrowTo(call.rows * scale_stride_);
+  offsets_.GrowTo(call.rows * scale_stride_);
+}
+
+void LinearRunner::QuantiseRow(const LinearCall& call, int64_t row) {
+  kernels_->quantise(InputRow(call, row), call.in.cols, codes_.data() + row * code_stride_,
+                     scales_.data() + row * scale_stride_, offsets_.data() + row * scale_stride_);
 }
 
 void LinearRunner::AddFactorRows(const RowGroup& group, FactorStage* stage) {

@@ -24,7 +24,8 @@ struct RowBlock {
 // Up to kMaxFewRows rows: activations are rounded to int8 once, then one phase on the pool
 // computes z = A x of every factor and, for every 32 outputs, all that they need: planes, then
 // B z, bias. The coarse plane is read once for residual and dense rows together. More rows: panels
-// are dequantised one by one, for all groups at once, and multiplied in fp32.
+// are unpacked one by one, for all groups at once, and multiplied in what the machine is fastest
+// at: planes and A in int8, B and bf16 weights in bf16, or all in fp32.
 //
 // Not thread-safe. Scratch grows to the largest call seen and stays.
 class LinearRunner {
@@ -38,8 +39,10 @@ class LinearRunner {
   LinearCost executed() const;
 
  private:
-  // Inputs that are dequantised and multiplied at once: with 16 outputs half a first-level cache.
-  static constexpr int64_t kDepthBlock = 256;
+  // What a panel of many rows is multiplied in.
+  enum class Arithmetic : uint8_t { kFp32, kInt8, kBf16 };
+  // An unpacked panel: half a first-level cache.
+  static constexpr int64_t kPanelBytes = 16384;
   // Units whose planes are read without a break; the sums of one row take 2 KB.
   static constexpr int64_t kUnitsPerRun = 16;
 
@@ -71,7 +74,7 @@ class LinearRunner {
   struct alignas(64) ThreadState {
     LinearCost executed;
     AlignedBuffer<float> scaled_z;
-    alignas(64) float panel[kDepthBlock * kPanelOutputs];
+    alignas(64) uint8_t panel[kPanelBytes];
     alignas(64) float sums[kUnitsPerRun * kMaxFewRows * kUnitOutputs];
   };
 
@@ -83,7 +86,9 @@ class LinearRunner {
   // linear.cc: few rows.
   void RunFewRows(const LinearCall& call);
   bool NeedsCodes(const LinearCall& call) const;
-  void QuantiseInput(const LinearCall& call);
+  // Makes room for the codes of the call's input, then fills in one row.
+  void PrepareCodes(const LinearCall& call);
+  void QuantiseRow(const LinearCall& call, int64_t row);
   void PlanRows(const LinearCall& call, PartPlan* plan);
   void AddFactorRows(const RowGroup& group, FactorStage* stage);
   // z is computed in pieces, claimed by whoever comes first: RunZPieces returns when none is left
@@ -103,6 +108,8 @@ class LinearRunner {
 
   // linear_many_rows.cc: more.
   void RunManyRows(const LinearCall& call);
+  // The input in the types that the call's parts multiply it in.
+  void ConvertInput(const LinearCall& call);
   // z of 16 components from `first` on.
   void MultiplyByA(const LinearCall& call, const PartPlan& plan, const FactorStage& stage,
                    int64_t first, RowBlock block, int thread);
@@ -116,17 +123,38 @@ class LinearRunner {
   // Rows of rank 0: the bias alone.
   void SetToBias(const LinearCall& call, const PartPlan& plan, int64_t panel, RowBlock block,
                  int thread);
-  // Inputs [begin, end) of a panel of the form's weights, as floats.
+  Arithmetic ArithmeticOfPlanes() const;  // and of A
+  Arithmetic ArithmeticOfB() const;
+  Arithmetic ArithmeticOf(const PackedLinear& layer, Form form) const;
+  // Inputs that fit into a panel.
+  static int64_t DepthOfPanel(Arithmetic arithmetic);
+  // Inputs [begin, end) of a panel of the form's weights.
   void UnpackWeights(const PackedLinear& layer, Form form, int64_t panel, int64_t begin,
-                     int64_t end, float* out) const;
+                     int64_t end, uint8_t* out) const;
+  // Where a product of inputs [begin, end) goes: out[t][0..outputs) (+)= y[t] + bias.
+  struct Product {
+    const float* bias = nullptr;
+    float* out = nullptr;
+    int64_t out_stride = 0;
+    int64_t outputs = 0;
+    bool adds = false;
+  };
+  void MultiplyInput(const LinearCall& call, Arithmetic arithmetic, RowBlock rows, int64_t begin,
+                     int64_t end, const uint8_t* panel, const Product& product) const;
 
   const CpuKernels* const kernels_;
   ThreadPool* const pool_;
   std::vector<PartPlan> plans_;  // of the call at hand in front, older ones after them
+  int64_t z_size_ = 0;
   AlignedBuffer<float> z_;
-  AlignedBuffer<int8_t> codes_;  // [rows][PaddedToGroup(in)]
-  AlignedBuffer<float> scales_;  // [rows][NumGroups(in) rounded up to 8]
-  AlignedBuffer<int32_t> sums_;  // [rows][NumGroups(in)]
+  AlignedBuffer<int8_t> codes_;         // [rows][PaddedToGroup(in)]
+  AlignedBuffer<float> scales_;         // [rows][NumGroups(in) rounded up to 8]
+  AlignedBuffer<int32_t> offsets_;      // like scales_
+  AlignedBuffer<uint16_t> bf16_input_;  // [rows][in rounded up to 16]
+  AlignedBuffer<uint16_t> bf16_z_;      // like z_
+  int64_t code_stride_ = 0;
+  int64_t scale_stride_ = 0;
+  int64_t bf16_stride_ = 0;
   QuantisedRow quantised_[kMaxFewRows];
   int64_t num_components_ = 0;  // of all stages of the call
   int64_t num_z_pieces_ = 0;

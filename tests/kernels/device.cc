@@ -47,12 +47,25 @@ std::vector<float> Device::Download(const Tensor& tensor) const {
 
 std::vector<CpuInstructionSet> RunnableInstructionSets() {
   std::vector<CpuInstructionSet> sets = {CpuInstructionSet::kPortable};
-  if (BestInstructionSet() >= CpuInstructionSet::kAvx2) sets.push_back(CpuInstructionSet::kAvx2);
+  for (const CpuInstructionSet set :
+       {CpuInstructionSet::kAvx2, CpuInstructionSet::kAvx512, CpuInstructionSet::kAvx512Bf16}) {
+    if (BestInstructionSet() >= set) sets.push_back(set);
+  }
   return sets;
 }
 
 std::string NameOf(CpuInstructionSet instruction_set) {
-  return instruction_set == CpuInstructionSet::kAvx2 ? "Avx2" : "Portable";
+  switch (instruction_set) {
+    case CpuInstructionSet::kPortable:
+      return "Portable";
+    case CpuInstructionSet::kAvx2:
+      return "Avx2";
+    case CpuInstructionSet::kAvx512:
+      return "Avx512";
+    case CpuInstructionSet::kAvx512Bf16:
+      return "Avx512Bf16";
+  }
+  return "Unknown";
 }
 
 std::vector<float> RandomFloats(int64_t count, uint32_t seed, float deviation) {

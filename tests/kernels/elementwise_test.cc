@@ -17,7 +17,7 @@ class Elementwise : public ::testing::TestWithParam<CpuInstructionSet> {
   Elementwise()
       : cpu_(Device::Cpu(GetParam(), 2)),
         reference_(Device::Reference(false)),
-        kernels_(GetParam() == CpuInstructionSet::kAvx2 ? Avx2Kernels() : PortableKernels()) {}
+        kernels_(KernelsFor(GetParam())) {}
 
   const Device cpu_;
   const Device reference_;
@@ -122,8 +122,8 @@ TEST_P(Elementwise, QuantisesToNearestEvenWithTheScaleOfTheGroup) {
   x[33] = 1.0f;
   std::vector<int8_t> codes(64, 77);
   std::vector<float> scales(8);
-  std::vector<int32_t> sums(2);
-  kernels_.quantise(x.data(), 40, codes.data(), scales.data(), sums.data());
+  std::vector<int32_t> offsets(2);
+  kernels_.quantise(x.data(), 40, codes.data(), scales.data(), offsets.data());
   EXPECT_EQ(std::vector<int8_t>(codes.begin(), codes.begin() + 6),
             (std::vector<int8_t>{127, 0, 2, -2, -127, 0}));
   EXPECT_EQ(codes[32], -127);
@@ -131,8 +131,8 @@ TEST_P(Elementwise, QuantisesToNearestEvenWithTheScaleOfTheGroup) {
   for (int j = 34; j < 64; ++j) EXPECT_EQ(codes[j], 0);
   EXPECT_EQ(scales[0], 1.0f);
   EXPECT_EQ(scales[1], 2.0f / 127.0f);
-  EXPECT_EQ(sums[0], 0);
-  EXPECT_EQ(sums[1], -63);
+  EXPECT_EQ(offsets[0], 0);
+  EXPECT_EQ(offsets[1], -128 * -63);
 }
 
 TEST_P(Elementwise, QuantisesZerosTinyAndNonFiniteGroups) {
@@ -144,10 +144,10 @@ TEST_P(Elementwise, QuantisesZerosTinyAndNonFiniteGroups) {
     std::fill(x.begin() + 64, x.end(), 0.0f);
     std::vector<int8_t> codes(96, 77);
     std::vector<float> scales(8);
-    std::vector<int32_t> sums(3, 77);
-    kernels_.quantise(x.data(), 96, codes.data(), scales.data(), sums.data());
+    std::vector<int32_t> offsets(3, 77);
+    kernels_.quantise(x.data(), 96, codes.data(), scales.data(), offsets.data());
     EXPECT_EQ(codes, std::vector<int8_t>(96, 0));
-    EXPECT_EQ(sums, std::vector<int32_t>(3, 0));
+    EXPECT_EQ(offsets, std::vector<int32_t>(3, 0));
     EXPECT_TRUE(std::isnan(scales[0]));
     EXPECT_TRUE(std::isfinite(scales[1]) && std::isfinite(scales[2]));
   }

@@ -17,8 +17,21 @@ namespace {
 
 using ::testing::HasSubstr;
 
-// Rows of one step; at up to 16 the CPU rounds activations to int8.
+// Rows of one step up to which weights are not unpacked first.
 constexpr int64_t kMaxFewRows = 16;
+
+// Whether planes and A are multiplied by activations in int8.
+bool RoundsToInt8(CpuInstructionSet set, int64_t rows) {
+  return rows <= kMaxFewRows || set >= CpuInstructionSet::kAvx512;
+}
+
+// Whether B and bf16 weights are multiplied in bf16.
+bool RoundsToBf16(CpuInstructionSet set, int64_t rows) {
+  return rows > kMaxFewRows && set == CpuInstructionSet::kAvx512Bf16;
+}
+
+// A product of two factors that are rounded to bf16 each, 2^-9 of its magnitude at most for each.
+constexpr double kBf16Rounding = 2.01 * 0x1p-9;
 
 struct Case {
   std::string name;
@@ -77,8 +90,24 @@ class LinearForms : public ::testing::TestWithParam<std::tuple<CpuInstructionSet
   CpuInstructionSet instruction_set() const { return std::get<0>(GetParam()); }
   const Case& param() const { return std::get<1>(GetParam()); }
   bool rounds_activations(int64_t rows) const {
-    return rows <= kMaxFewRows &&
+    return RoundsToInt8(instruction_set(), rows) &&
            (param().form != Form::kDense || param().shape.dense == DenseStorage::kPlanes);
+  }
+  // What products in bf16 may add to the error of a row's outputs.
+  std::vector<double> Bf16Tolerance(const RandomLayer& layer, int64_t rows,
+                                    const std::vector<double>& x) const {
+    const Case& c = param();
+    std::vector<double> result(c.shape.out);
+    const bool in_bf16 =
+        c.form != Form::kDense || (c.shape.dense == DenseStorage::kBf16 && c.rank == 0);
+    if (!in_bf16 || !RoundsToBf16(instruction_set(), rows)) return result;
+    result = layer.Magnitude(c.form, c.rank, x);
+    if (c.form == Form::kResidual) {
+      const std::vector<double> plane = layer.Magnitude(c.form, 0, x);
+      for (size_t i = 0; i < result.size(); ++i) result[i] -= plane[i];
+    }
+    for (double& value : result) value *= kBf16Rounding;
+    return result;
   }
 };
 
@@ -94,14 +123,14 @@ TEST_P(LinearForms, EqualsTheReferenceForAnyNumberOfRows) {
     std::vector<double> exact_tolerance;
     std::vector<double> tolerance;
     for (int64_t t = 0; t < rows; ++t) {
-      const float* row = x.data() + t * c.shape.in;
-      const std::vector<double> magnitude =
-          layer.Magnitude(c.form, c.rank, std::vector<double>(row, row + c.shape.in));
+      const std::vector<double> row(x.begin() + t * c.shape.in, x.begin() + (t + 1) * c.shape.in);
+      const std::vector<double> magnitude = layer.Magnitude(c.form, c.rank, row);
+      const std::vector<double> in_bf16 = Bf16Tolerance(layer, rows, row);
       const std::vector<double> rounding =
-          layer.Magnitude(c.form, c.rank, RoundingOf(row, c.shape.in));
+          layer.Magnitude(c.form, c.rank, RoundingOf(x.data() + t * c.shape.in, c.shape.in));
       for (int64_t i = 0; i < c.shape.out; ++i) {
         const double sum = magnitude[i] + std::abs(initial[t * c.shape.out + i]);
-        tolerance.push_back(RoundingUnits(c) * sum);
+        tolerance.push_back(RoundingUnits(c) * sum + in_bf16[i]);
         exact_tolerance.push_back(tolerance.back() +
                                   (rounds_activations(rows) ? rounding[i] : 0.0));
       }
@@ -304,14 +333,17 @@ TEST_P(MixedGroups, OfManyRowsEqualTheReference) {
       const auto groups = RandomGroups(rows, is_bf16, 3);
       const std::vector<float> x = RandomFloats(rows * 150, 4);
       const auto actual = RunMixed(Device::Cpu(GetParam(), 2), layers, x, groups);
-      const auto expected = RunMixed(Device::Reference(false), layers, x, groups);
+      const bool in_int8 = RoundsToInt8(GetParam(), rows);
+      const bool in_bf16 = RoundsToBf16(GetParam(), rows);
+      const auto expected = RunMixed(Device::Reference(in_int8), layers, x, groups);
       for (size_t i = 0; i < layers.size(); ++i) {
+        const double relative = 2 * 190 * 0x1p-24 + (in_bf16 ? kBf16Rounding : 0.0);
         std::vector<double> tolerance;
         for (const RowGroup& group : groups[i]) {
           for (int64_t t = group.begin; t < group.end; ++t) {
             const std::vector<double> row(x.begin() + t * 150, x.begin() + (t + 1) * 150);
             for (const double magnitude : layers[i].Magnitude(group.form, group.rank, row))
-              tolerance.push_back(2 * 190 * 0x1p-24 * magnitude);
+              tolerance.push_back(relative * magnitude);
           }
         }
         ExpectWithin(actual[i], expected[i], tolerance);

@@ -78,7 +78,7 @@ TEST_F(PlaneLayout, EveryCodeComesBackAsFloatsInEveryInstructionSet) {
   MemoryArena arena(1 << 20);
   const PackedLinear layer = PackLinear(Weights(), &arena).value();
   for (const CpuInstructionSet set : RunnableInstructionSets()) {
-    const CpuKernels& kernels = set == CpuInstructionSet::kAvx2 ? Avx2Kernels() : PortableKernels();
+    const CpuKernels& kernels = KernelsFor(set);
     for (int64_t panel = 0; panel < 15; ++panel) {
       alignas(64) float dense[64 * 16];
       alignas(64) float coarse[64 * 16];
@@ -115,11 +115,10 @@ TEST_F(PlaneLayout, TheWidestSumsDoNotOverflow) {
   for (const int sign : {1, -1}) {
     const std::vector<int8_t> codes(64, static_cast<int8_t>(sign * 127));
     const std::vector<float> scales(8, 1.0f);
-    const std::vector<int32_t> sums(2, sign * 127 * 32);
-    const QuantisedRow row = {codes.data(), scales.data(), sums.data(), 0};
+    const std::vector<int32_t> offsets(2, -128 * sign * 127 * 32);
+    const QuantisedRow row = {codes.data(), scales.data(), offsets.data(), 0};
     for (const CpuInstructionSet set : RunnableInstructionSets()) {
-      const CpuKernels& kernels =
-          set == CpuInstructionSet::kAvx2 ? Avx2Kernels() : PortableKernels();
+      const CpuKernels& kernels = KernelsFor(set);
       float out[32];
       kernels.planes(coarse, fine, groups, &row, 1, out);
       for (int o = 0; o < 16; ++o)

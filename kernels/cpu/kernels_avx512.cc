@@ -1,0 +1,486 @@
+// The kernels with AVX-512 and its dot product of bytes (VNNI): what they change against AVX2; the
+// rest are AVX2's. Compiled for those instruction sets, so this file includes plain data and
+// intrinsics alone: an inline function of a header, compiled here, could be the copy that the
+// linker keeps for everyone.
+//
+// What a row yields never depends on how many rows share the call: every template instance does
+// the same operations per row in the same order.
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "kernels/cpu/kernels.h"
+
+namespace nestor {
+namespace {
+
+constexpr int64_t kGroup = 32;
+constexpr int64_t kLineBytes = 64;
+constexpr int64_t kCodeBytes = 4 * kLineBytes;
+
+int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
+
+inline __m512 Floats16FromBfloat16(const uint16_t* values) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+inline __m512 Floats16FromInt8(const int8_t* values) {
+  const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes));
+}
+
+inline __m512 ScaleOf(uint16_t bits) {
+  return _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int32_t>(bits) << 16));
+}
+
+// 4 codes, in every lane.
+inline __m512i Broadcast4(const int8_t* codes) {
+  int32_t bits;
+  __builtin_memcpy(&bits, codes, sizeof(bits));
+  return _mm512_set1_epi32(bits);
+}
+
+// The first `outputs` <= 16 lanes.
+inline __mmask16 LanesOf(int64_t outputs) {
+  return static_cast<__mmask16>((1u << static_cast<unsigned>(outputs)) - 1u);
+}
+
+// ---- int8 activations ----
+
+void QuantiseGroup(const float* x, int8_t* codes, float* scale, int32_t* offset) {
+  const __m512 first = _mm512_loadu_ps(x);
+  const __m512 second = _mm512_loadu_ps(x + 16);
+  // Magnitudes compare as integers, and there NaN is above infinity.
+  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+  const int32_t largest_bits = _mm512_reduce_max_epi32(
+      _mm512_max_epi32(_mm512_and_si512(_mm512_castps_si512(first), magnitude),
+                       _mm512_and_si512(_mm512_castps_si512(second), magnitude)));
+  const float absmax = _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(largest_bits)));
+  *scale = largest_bits >= 0x7f800000 ? __builtin_nanf("") : absmax / 127.0f;
+  if (largest_bits >= 0x7f800000 || absmax < 1e-30f) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), _mm256_setzero_si256());
+    *offset = 0;
+    return;
+  }
+  const __m512 inverse = _mm512_set1_ps(1.0f / *scale);
+  const __m512i q0 = _mm512_cvtps_epi32(_mm512_mul_ps(first, inverse));
+  const __m512i q1 = _mm512_cvtps_epi32(_mm512_mul_ps(second, inverse));
+  *offset = -128 * _mm512_reduce_add_epi32(_mm512_add_epi32(q0, q1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm512_cvtsepi32_epi8(q0));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + 16), _mm512_cvtsepi32_epi8(q1));
+}
+
+void Quantise(const float* x, int64_t n, int8_t* codes, float* scales, int32_t* offsets) {
+  int64_t g = 0;
+  for (; (g + 1) * kGroup <= n; ++g)
+    QuantiseGroup(x + g * kGroup, codes + g * kGroup, scales + g, offsets + g);
+  if (g * kGroup == n) return;
+  float padded[kGroup] = {};
+  for (int64_t j = g * kGroup; j < n; ++j) padded[j - g * kGroup] = x[j];
+  QuantiseGroup(padded, codes + g * kGroup, scales + g, offsets + g);
+}
+
+// ---- planes ----
+
+// A group of both planes as 16 hi + lo + 128, or of the coarse one as 16 hi + 128; line c has, for
+// each output, inputs 4 c to 4 c + 3.
+template <bool kHasFine>
+inline void UnpackGroup(const uint8_t* coarse, const uint8_t* fine, __m512i* lines) {
+  const __m512i high_nibble = _mm512_set1_epi8(static_cast<char>(0xf0));
+#pragma GCC unroll 8
+  for (int c = 0; c < 4; ++c) {
+    const __m512i hi = _mm512_loadu_si512(coarse + c * kLineBytes);
+    const __m512i low_inputs = _mm512_slli_epi16(hi, 4);
+    if (kHasFine) {
+      const __m512i lo = _mm512_loadu_si512(fine + c * kLineBytes);
+      const __m512i eight = _mm512_set1_epi8(8);
+      // (mask & a) | (~mask & b)
+      lines[c] =
+          _mm512_sub_epi8(_mm512_ternarylogic_epi32(high_nibble, low_inputs, lo, 0xca), eight);
+      lines[4 + c] = _mm512_sub_epi8(
+          _mm512_ternarylogic_epi32(high_nibble, hi, _mm512_srli_epi16(lo, 4), 0xca), eight);
+    } else {
+      lines[c] = _mm512_and_si512(low_inputs, high_nibble);
+      lines[4 + c] = _mm512_and_si512(hi, high_nibble);
+    }
+  }
+}
+
+// The products of a group's 16 outputs with one row, exact in 32 bits.
+inline __m512i DotGroup(const __m512i* lines, const int8_t* codes, int32_t offset) {
+  __m512i dots = _mm512_set1_epi32(offset);
+#pragma GCC unroll 8
+  for (int c = 0; c < 8; ++c) dots = _mm512_dpbusd_epi32(dots, lines[c], Broadcast4(codes + 4 * c));
+  return dots;
+}
+
+template <int T, bool kHasFine>
+void PlanesTile(const uint8_t* coarse, const uint8_t* fine, int64_t groups,
+                const QuantisedRow* rows, float* out) {
+  __m512 sums[T];
+#pragma GCC unroll 16
+  for (int t = 0; t < T; ++t) sums[t] = _mm512_setzero_ps();
+  for (int64_t g = 0; g < groups; ++g) {
+    __m512i lines[8];
+    UnpackGroup<kHasFine>(coarse, fine, lines);
+    const __m512 scales =
+        Floats16FromBfloat16(reinterpret_cast<const uint16_t*>(coarse + kCodeBytes));
+#pragma GCC unroll 16
+    for (int t = 0; t < T; ++t) {
+      const __m512i dots = DotGroup(lines, rows[t].codes + g * kGroup, rows[t].offsets[g]);
+      sums[t] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(dots), scales),
+                                _mm512_set1_ps(rows[t].scales[g]), sums[t]);
+    }
+    coarse += kCoarseGroupBytes;
+    if (kHasFine) fine += kFineGroupBytes;
+  }
+#pragma GCC unroll 16
+  for (int t = 0; t < T; ++t) _mm512_storeu_ps(out + rows[t].index * kUnitOutputs, sums[t]);
+}
+
+template <bool kHasFine>
+void PlanesRows(const uint8_t* coarse, const uint8_t* fine, int64_t groups,
+                const QuantisedRow* rows, int num_rows, float* out) {
+  for (; num_rows >= 8; num_rows -= 8, rows += 8)
+    PlanesTile<8, kHasFine>(coarse, fine, groups, rows, out);
+  using Tile = void (*)(const uint8_t*, const uint8_t*, int64_t, const QuantisedRow*, float*);
+  constexpr Tile kTiles[] = {PlanesTile<1, kHasFine>, PlanesTile<2, kHasFine>,
+                             PlanesTile<3, kHasFine>, PlanesTile<4, kHasFine>,
+                             PlanesTile<5, kHasFine>, PlanesTile<6, kHasFine>,
+                             PlanesTile<7, kHasFine>};
+  if (num_rows > 0) kTiles[num_rows - 1](coarse, fine, groups, rows, out);
+}
+
+void Planes(const uint8_t* coarse, const uint8_t* fine, int64_t groups, const QuantisedRow* rows,
+            int num_rows, float* out) {
+  if (fine != nullptr) {
+    PlanesRows<true>(coarse, fine, groups, rows, num_rows, out);
+  } else {
+    PlanesRows<false>(coarse, fine, groups, rows, num_rows, out);
+  }
+}
+
+// ---- factors ----
+
+template <int T>
+void FactorATile(const int8_t* a, const uint16_t* scales, int64_t groups, const QuantisedRow* rows,
+                 float* z) {
+  const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
+  __m512 sums[T];
+  __m256 offsets[T];
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) {
+    sums[t] = _mm512_setzero_ps();
+    offsets[t] = _mm256_setzero_ps();
+  }
+  for (int64_t first = 0; first < groups; first += 8) {
+    const int64_t count = Min(8, groups - first);
+    const auto mask = static_cast<__mmask8>((1u << static_cast<unsigned>(count)) - 1u);
+    const __m128i bits = _mm_maskz_loadu_epi16(mask, scales + first);
+    const __m256 weight_scales =
+        _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+    __m512 products[T];  // scale of the weights times that of the row, in the lower 8 lanes
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+      const __m256 product =
+          _mm256_mul_ps(weight_scales, _mm256_maskz_loadu_ps(mask, rows[t].scales + first));
+      // Weights are taken plus 128.
+      const __m256i offset = _mm256_maskz_loadu_epi32(mask, rows[t].offsets + first);
+      offsets[t] = _mm256_fmadd_ps(product, _mm256_cvtepi32_ps(offset), offsets[t]);
+      products[t] = _mm512_castps256_ps512(product);
+    }
+    // Lanes 0..7 hold the sums of the first group of a pair.
+    __m512i spread = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+    for (int64_t g = 0; g < count; g += 2) {
+      const int64_t at = (first + g) * kGroup;
+      const __mmask8 groups_mask = g + 1 < count ? 0xff : 0x0f;
+      const __m512i weights = _mm512_xor_si512(_mm512_maskz_loadu_epi64(groups_mask, a + at), sign);
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) {
+        const __m512i x = _mm512_maskz_loadu_epi64(groups_mask, rows[t].codes + at);
+        const __m512i dots = _mm512_dpbusd_epi32(_mm512_setzero_si512(), weights, x);
+        sums[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots),
+                                  _mm512_permutexvar_ps(spread, products[t]), sums[t]);
+      }
+      spread = _mm512_add_epi32(spread, _mm512_set1_epi32(2));
+    }
+  }
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) {
+    const __m512 all = _mm512_add_ps(sums[t], _mm512_zextps256_ps512(offsets[t]));
+    z[t] = _mm512_reduce_add_ps(all);
+  }
+}
+
+void FactorA(const int8_t* a, const uint16_t* scales, int64_t groups, const QuantisedRow* rows,
+             int num_rows, float* z) {
+  for (; num_rows >= 4; num_rows -= 4, rows += 4, z += 4)
+    FactorATile<4>(a, scales, groups, rows, z);
+  if (num_rows == 3) FactorATile<3>(a, scales, groups, rows, z);
+  if (num_rows == 2) FactorATile<2>(a, scales, groups, rows, z);
+  if (num_rows == 1) FactorATile<1>(a, scales, groups, rows, z);
+}
+
+template <int T>
+void FactorBTile(const int8_t* panel, int64_t rank, const float* const* weights,
+                 float* const* out) {
+  __m512 sums[T][2][2];  // [row][parity of the component][half]
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 8
+    for (int i = 0; i < 4; ++i) sums[t][i / 2][i % 2] = _mm512_setzero_ps();
+  }
+  const auto add = [&](int64_t k, int parity) __attribute__((always_inline)) {
+    const __m512 first = Floats16FromInt8(panel + k * kUnitOutputs);
+    const __m512 second = Floats16FromInt8(panel + k * kUnitOutputs + 16);
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+      const __m512 weight = _mm512_set1_ps(weights[t][k]);
+      sums[t][parity][0] = _mm512_fmadd_ps(first, weight, sums[t][parity][0]);
+      sums[t][parity][1] = _mm512_fmadd_ps(second, weight, sums[t][parity][1]);
+    }
+  };
+  int64_t k = 0;
+  for (; k + 2 <= rank; k += 2) {
+    add(k, 0);
+    add(k + 1, 1);
+  }
+  if (k < rank) add(k, 0);
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 8
+    for (int half = 0; half < 2; ++half) {
+      float* at = out[t] + 16 * half;
+      _mm512_storeu_ps(at, _mm512_add_ps(_mm512_loadu_ps(at),
+                                         _mm512_add_ps(sums[t][0][half], sums[t][1][half])));
+    }
+  }
+}
+
+void FactorB(const int8_t* panel, const uint16_t* scales, int64_t rank, const FloatRow* rows,
+             int num_rows, float* scratch, float* out) {
+  const int64_t padded_rank = (rank + 15) / 16 * 16;
+  for (int begin = 0; begin < num_rows; begin += 4) {
+    const int count = static_cast<int>(Min(4, num_rows - begin));
+    const float* weights[4];
+    float* at[4];
+    for (int t = 0; t < count; ++t) {
+      const FloatRow& row = rows[begin + t];
+      float* scaled = scratch + t * padded_rank;
+      for (int64_t k = 0; k < rank; k += 16) {
+        const __mmask16 mask = LanesOf(Min(16, rank - k));
+        const __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, scales + k));
+        _mm512_storeu_ps(scaled + k, _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)),
+                                                   _mm512_maskz_loadu_ps(mask, row.values + k)));
+      }
+      weights[t] = scaled;
+      at[t] = out + row.index * kUnitOutputs;
+    }
+    if (count == 4) FactorBTile<4>(panel, rank, weights, at);
+    if (count == 3) FactorBTile<3>(panel, rank, weights, at);
+    if (count == 2) FactorBTile<2>(panel, rank, weights, at);
+    if (count == 1) FactorBTile<1>(panel, rank, weights, at);
+  }
+}
+
+// ---- bf16 ----
+
+// Even and odd inputs add up apart. Sums are in the panel's order of outputs until the end.
+template <int T>
+void Bf16Tile(const uint16_t* panel, int64_t n, const FloatRow* rows, float* out) {
+  __m512 sums[T][2];
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) sums[t][0] = sums[t][1] = _mm512_setzero_ps();
+  const auto add = [&](int64_t j, int parity) __attribute__((always_inline)) {
+    const __m512 weights = Floats16FromBfloat16(panel + j * kPanelOutputs);
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t)
+      sums[t][parity] =
+          _mm512_fmadd_ps(weights, _mm512_set1_ps(rows[t].values[j]), sums[t][parity]);
+  };
+  int64_t j = 0;
+  for (; j + 4 <= n; j += 4) {
+    add(j, 0);
+    add(j + 1, 1);
+    add(j + 2, 0);
+    add(j + 3, 1);
+  }
+  for (; j < n; ++j) add(j, static_cast<int>(j % 2));
+  const __m512i order = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t)
+    _mm512_storeu_ps(out + rows[t].index * kUnitOutputs,
+                     _mm512_permutexvar_ps(order, _mm512_add_ps(sums[t][0], sums[t][1])));
+}
+
+void Bf16Panel(const uint16_t* panel, int64_t n, const FloatRow* rows, int num_rows, float* out) {
+  for (; num_rows >= 8; num_rows -= 8, rows += 8) Bf16Tile<8>(panel, n, rows, out);
+  using Tile = void (*)(const uint16_t*, int64_t, const FloatRow*, float*);
+  constexpr Tile kTiles[] = {Bf16Tile<1>, Bf16Tile<2>, Bf16Tile<3>, Bf16Tile<4>,
+                             Bf16Tile<5>, Bf16Tile<6>, Bf16Tile<7>};
+  if (num_rows > 0) kTiles[num_rows - 1](panel, n, rows, out);
+}
+
+// ---- many rows in int8 ----
+
+void WriteScales(__m512 scales, uint8_t* group) {
+  _mm512_store_ps(reinterpret_cast<float*>(group + 8 * kLineBytes), scales);
+}
+
+template <bool kHasFine>
+void Int8PanelFromPlanesTile(const uint8_t* coarse, const uint8_t* fine, int64_t groups,
+                             uint8_t* panel) {
+  for (int64_t g = 0; g < groups; ++g, panel += kInt8GroupBytes) {
+    __m512i lines[8];
+    UnpackGroup<kHasFine>(coarse, fine, lines);
+#pragma GCC unroll 8
+    for (int c = 0; c < 8; ++c) _mm512_store_si512(panel + c * kLineBytes, lines[c]);
+    WriteScales(Floats16FromBfloat16(reinterpret_cast<const uint16_t*>(coarse + kCodeBytes)),
+                panel);
+    coarse += kCoarseGroupBytes;
+    if (kHasFine) fine += kFineGroupBytes;
+  }
+}
+
+void Int8PanelFromPlanes(const uint8_t* coarse, const uint8_t* fine, int64_t groups,
+                         uint8_t* panel) {
+  if (fine != nullptr) {
+    Int8PanelFromPlanesTile<true>(coarse, fine, groups, panel);
+  } else {
+    Int8PanelFromPlanesTile<false>(coarse, nullptr, groups, panel);
+  }
+}
+
+void Int8PanelFromA(const int8_t* a, int64_t stride, const uint16_t* scales, int64_t scale_stride,
+                    int64_t count, int64_t groups, uint8_t* panel) {
+  for (int64_t g = 0; g < groups; ++g, panel += kInt8GroupBytes) {
+    alignas(64) float group_scales[kPanelOutputs] = {};
+    for (int64_t k = 0; k < kPanelOutputs; ++k) {
+      // 8 words of 4 inputs, one to each line.
+      uint64_t words[4] = {};
+      if (k < count) {
+        __builtin_memcpy(words, a + k * stride + g * kGroup, kGroup);
+        const uint32_t bits = static_cast<uint32_t>(scales[k * scale_stride + g]) << 16;
+        __builtin_memcpy(&group_scales[k], &bits, sizeof(bits));
+      }
+      for (int64_t c = 0; c < 8; ++c) {
+        const auto word = static_cast<uint32_t>(words[c / 2] >> (32 * (c % 2))) ^ 0x80808080u;
+        __builtin_memcpy(panel + c * kLineBytes + 4 * k, &word, sizeof(word));
+      }
+    }
+    WriteScales(_mm512_load_ps(group_scales), panel);
+  }
+}
+
+// out (+)= sums + bias in the lanes of `mask`.
+inline void Finish(__m512 sums, const float* bias, __mmask16 mask, bool adds, float* out) {
+  if (bias != nullptr) sums = _mm512_add_ps(sums, _mm512_maskz_loadu_ps(mask, bias));
+  if (adds) sums = _mm512_add_ps(sums, _mm512_maskz_loadu_ps(mask, out));
+  _mm512_mask_storeu_ps(out, mask, sums);
+}
+
+template <int T>
+void Int8GemmTile(const QuantisedRows& rows, int64_t first, int64_t groups, const uint8_t* panel,
+                  const float* bias, float* out, int64_t out_stride, int64_t outputs, bool adds) {
+  const int8_t* codes = rows.codes + first * rows.code_stride;
+  const float* scales = rows.scales + first * rows.scale_stride;
+  const int32_t* offsets = rows.offsets + first * rows.scale_stride;
+  __m512 sums[T];
+#pragma GCC unroll 16
+  for (int t = 0; t < T; ++t) sums[t] = _mm512_setzero_ps();
+  for (int64_t g = 0; g < groups; ++g) {
+    __m512i lines[8];
+#pragma GCC unroll 8
+    for (int c = 0; c < 8; ++c) lines[c] = _mm512_load_si512(panel + c * kLineBytes);
+    const __m512 weight_scales =
+        _mm512_load_ps(reinterpret_cast<const float*>(panel + 8 * kLineBytes));
+#pragma GCC unroll 16
+    for (int t = 0; t < T; ++t) {
+      const __m512i dots = DotGroup(lines, codes + t * rows.code_stride + g * kGroup,
+                                    offsets[t * rows.scale_stride + g]);
+      sums[t] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(dots), weight_scales),
+                                _mm512_set1_ps(scales[t * rows.scale_stride + g]), sums[t]);
+    }
+    panel += kInt8GroupBytes;
+  }
+  const __mmask16 mask = LanesOf(outputs);
+#pragma GCC unroll 16
+  for (int t = 0; t < T; ++t) Finish(sums[t], bias, mask, adds, out + (first + t) * out_stride);
+}
+
+void Int8Gemm(const QuantisedRows& rows, int64_t num_rows, int64_t groups, const uint8_t* panel,
+              const float* bias, float* out, int64_t out_stride, int64_t outputs, bool adds) {
+  using Tile = void (*)(const QuantisedRows&, int64_t, int64_t, const uint8_t*, const float*,
+                        float*, int64_t, int64_t, bool);
+  constexpr Tile kTiles[] = {Int8GemmTile<1>, Int8GemmTile<2>,  Int8GemmTile<3>,  Int8GemmTile<4>,
+                             Int8GemmTile<5>, Int8GemmTile<6>,  Int8GemmTile<7>,  Int8GemmTile<8>,
+                             Int8GemmTile<9>, Int8GemmTile<10>, Int8GemmTile<11>, Int8GemmTile<12>};
+  for (int64_t t = 0; t < num_rows; t += 12) {
+    kTiles[Min(12, num_rows - t) - 1](rows, t, groups, panel, bias, out, out_stride, outputs, adds);
+  }
+}
+
+// ---- many rows in fp32 ----
+
+template <int T>
+void GemmTile(const float* x, int64_t x_stride, int64_t depth, const float* panel,
+              const float* bias, float* out, int64_t out_stride, int64_t outputs, bool adds) {
+  __m512 sums[T];
+#pragma GCC unroll 16
+  for (int t = 0; t < T; ++t) sums[t] = _mm512_setzero_ps();
+  for (int64_t j = 0; j < depth; ++j) {
+    const __m512 weights = _mm512_load_ps(panel + j * kPanelOutputs);
+#pragma GCC unroll 16
+    for (int t = 0; t < T; ++t)
+      sums[t] = _mm512_fmadd_ps(weights, _mm512_set1_ps(x[t * x_stride + j]), sums[t]);
+  }
+  const __mmask16 mask = LanesOf(outputs);
+#pragma GCC unroll 16
+  for (int t = 0; t < T; ++t) Finish(sums[t], bias, mask, adds, out + t * out_stride);
+}
+
+void Gemm(const float* x, int64_t x_stride, int64_t rows, int64_t depth, const float* panel,
+          const float* bias, float* out, int64_t out_stride, int64_t outputs, bool adds) {
+  using Tile = void (*)(const float*, int64_t, int64_t, const float*, const float*, float*, int64_t,
+                        int64_t, bool);
+  constexpr Tile kTiles[] = {GemmTile<1>, GemmTile<2>,  GemmTile<3>,  GemmTile<4>,
+                             GemmTile<5>, GemmTile<6>,  GemmTile<7>,  GemmTile<8>,
+                             GemmTile<9>, GemmTile<10>, GemmTile<11>, GemmTile<12>};
+  for (int64_t t = 0; t < rows; t += 12) {
+    kTiles[Min(12, rows - t) - 1](x + t * x_stride, x_stride, depth, panel, bias,
+                                  out + t * out_stride, out_stride, outputs, adds);
+  }
+}
+
+void PanelFromB(const int8_t* b, const uint16_t* scales, int64_t rank, float* panel) {
+  for (int64_t k = 0; k < rank; ++k)
+    _mm512_store_ps(panel + k * kPanelOutputs,
+                    _mm512_mul_ps(ScaleOf(scales[k]), Floats16FromInt8(b + k * kUnitOutputs)));
+}
+
+CpuKernels MakeKernels() {
+  CpuKernels kernels = Avx2Kernels();
+  kernels.instruction_set = CpuInstructionSet::kAvx512;
+  kernels.quantise = Quantise;
+  kernels.planes = Planes;
+  kernels.factor_a = FactorA;
+  kernels.factor_b = FactorB;
+  kernels.bf16_panel = Bf16Panel;
+  kernels.panel_from_b = PanelFromB;
+  kernels.gemm = Gemm;
+  kernels.int8_panel_from_planes = Int8PanelFromPlanes;
+  kernels.int8_panel_from_a = Int8PanelFromA;
+  kernels.int8_gemm = Int8Gemm;
+  return kernels;
+}
+
+}  // namespace
+
+const CpuKernels& Avx512Kernels() {
+  static const CpuKernels kKernels = MakeKernels();
+  return kKernels;
+}
+
+}  // namespace nestor
