@@ -143,6 +143,8 @@ void PlanesTile(const uint8_t* coarse, const uint8_t* fine, int64_t groups,
 template <bool kHasFine>
 void PlanesRows(const uint8_t* coarse, const uint8_t* fine, int64_t groups,
                 const QuantisedRow* rows, int num_rows, float* out) {
+  for (; num_rows >= 16; num_rows -= 16, rows += 16)
+    PlanesTile<16, kHasFine>(coarse, fine, groups, rows, out);
   for (; num_rows >= 8; num_rows -= 8, rows += 8)
     PlanesTile<8, kHasFine>(coarse, fine, groups, rows, out);
   using Tile = void (*)(const uint8_t*, const uint8_t*, int64_t, const QuantisedRow*, float*);
