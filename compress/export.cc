@@ -49,8 +49,10 @@ std::vector<OtherTensor> OtherTensorsOf(const ModelSpec& spec,
   }
   add_norm(spec.embeddings.norm);
   for (int64_t block = 0; block < spec.num_blocks; ++block) {
-    add_norm(NameInBlock(spec.names.attention_norm, block));
-    add_norm(NameInBlock(spec.names.mlp_norm, block));
+    for (const std::string& name : {spec.names.attention_norm, spec.names.mlp_norm,
+                                    spec.names.query_norm, spec.names.key_norm}) {
+      add_norm(NameInBlock(name, block));
+    }
   }
   add_norm(spec.final_norm);
   return tensors;

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "absl/strings/str_replace.h"
 #include "base/file.h"
 #include "base/status_macros.h"
@@ -33,6 +34,16 @@ class ConfigFile {
 
   bool Has(const char* key) const {
     return json_.is_object() && json_.contains(key) && !json_[key].is_null();
+  }
+
+  // The object under `key`, whose own keys messages name as "key.of_its_own".
+  absl::StatusOr<ConfigFile> Section(const char* key) const {
+    if (!Has(key) || !json_[key].is_object()) return Error(key, "expected an object");
+    ConfigFile section;
+    section.path_ = path_;
+    section.prefix_ = absl::StrCat(prefix_, key, ".");
+    section.json_ = json_[key];
+    return section;
   }
 
   absl::StatusOr<int64_t> Count(const char* key) const {
@@ -67,16 +78,18 @@ class ConfigFile {
   }
 
   absl::Status Error(const char* key, const std::string& expected) const {
-    return absl::InvalidArgumentError(absl::StrCat(path_, ": ", key, ": ", expected, "; was ",
+    return absl::InvalidArgumentError(absl::StrCat(path_, ": ", prefix_, key, ": ", expected,
+                                                   "; was ",
                                                    Has(key) ? json_[key].dump() : "absent"));
   }
   absl::Status NotSupported(const char* key, const std::string& supported) const {
-    return absl::UnimplementedError(absl::StrCat(path_, ": ", key, ": ", json_[key].dump(),
+    return absl::UnimplementedError(absl::StrCat(path_, ": ", prefix_, key, ": ", json_[key].dump(),
                                                  " is not supported (supported: ", supported, ")"));
   }
 
  private:
   std::string path_;
+  std::string prefix_;  // of keys in messages
   Json json_;
 };
 
@@ -89,35 +102,47 @@ absl::StatusOr<ActivationKind> ReadActivation(const ConfigFile& config) {
   return config.NotSupported("hidden_act", "silu, gelu, gelu_new, gelu_pytorch_tanh");
 }
 
+// Llama 3.1's, as transformers' modeling_rope_utils.py computes it.
+absl::Status ReadLlama3Scaling(const ConfigFile& rope, RopeScaling* scaling) {
+  NESTOR_ASSIGN_OR_RETURN(scaling->low_frequency_factor, rope.Positive("low_freq_factor"));
+  NESTOR_ASSIGN_OR_RETURN(scaling->high_frequency_factor, rope.Positive("high_freq_factor"));
+  if (scaling->high_frequency_factor <= scaling->low_frequency_factor) {
+    return rope.Error("high_freq_factor", absl::StrCat("expected more than low_freq_factor (",
+                                                       scaling->low_frequency_factor, ")"));
+  }
+  NESTOR_ASSIGN_OR_RETURN(const int64_t context, rope.Count("original_max_position_embeddings"));
+  scaling->original_context = static_cast<double>(context);
+  return absl::OkStatus();
+}
+
 // transformers 4 writes rope_theta and rope_scaling, 5 writes rope_parameters.
-absl::StatusOr<double> ReadRopeTheta(const ConfigFile& config) {
-  const char* key = config.Has("rope_parameters") ? "rope_parameters" : "rope_scaling";
-  double theta = 10000;
+absl::Status ReadRope(const ConfigFile& config, ModelSpec* spec) {
+  if (spec->head_dim % 2 != 0) return config.Error("head_dim", "expected an even number");
+  spec->rope_theta = 10000;
   if (config.Has("rope_theta")) {
-    NESTOR_ASSIGN_OR_RETURN(theta, config.Positive("rope_theta"));
+    NESTOR_ASSIGN_OR_RETURN(spec->rope_theta, config.Positive("rope_theta"));
   }
-  if (!config.Has(key)) return theta;
-  const Json& rope = config.json()[key];
-  if (!rope.is_object()) return config.Error(key, "expected an object");
-  const Json type = rope.contains("rope_type") ? rope["rope_type"] : rope.value("type", Json());
-  if (!type.is_null() && type != "default") return config.NotSupported(key, "rope_type default");
-  if (rope.contains("rope_theta")) {
-    if (!rope["rope_theta"].is_number() || !(rope["rope_theta"].get<double>() > 0)) {
-      return config.Error(key, "expected a positive rope_theta");
-    }
-    theta = rope["rope_theta"].get<double>();
+  const char* key = config.Has("rope_parameters") ? "rope_parameters" : "rope_scaling";
+  if (!config.Has(key)) return absl::OkStatus();
+  NESTOR_ASSIGN_OR_RETURN(const ConfigFile rope, config.Section(key));
+  if (rope.Has("rope_theta")) {
+    NESTOR_ASSIGN_OR_RETURN(spec->rope_theta, rope.Positive("rope_theta"));
   }
-  return theta;
+  const char* type_key = rope.Has("rope_type") ? "rope_type" : "type";
+  NESTOR_ASSIGN_OR_RETURN(const std::string type, rope.StringOr(type_key, "default"));
+  if (type == "default") return absl::OkStatus();
+  if (type != "linear" && type != "llama3") {
+    return rope.NotSupported(type_key, "default, linear, llama3");
+  }
+  NESTOR_ASSIGN_OR_RETURN(spec->rope_scaling.factor, rope.Positive("factor"));
+  return type == "llama3" ? ReadLlama3Scaling(rope, &spec->rope_scaling) : absl::OkStatus();
 }
 
 absl::Status CheckHeads(const ConfigFile& config, const ModelSpec& spec) {
-  if (spec.num_heads % spec.num_kv_heads != 0) {
-    return config.Error(
-        "num_key_value_heads",
-        absl::StrCat("expected a divisor of num_attention_heads (", spec.num_heads, ")"));
-  }
-  if (spec.head_dim % 2 != 0) return config.Error("head_dim", "expected an even number");
-  return absl::OkStatus();
+  if (spec.num_heads % spec.num_kv_heads == 0) return absl::OkStatus();
+  return config.Error(
+      "num_key_value_heads",
+      absl::StrCat("expected a divisor of num_attention_heads (", spec.num_heads, ")"));
 }
 
 absl::Status ReadShape(const ConfigFile& config, ModelSpec* spec) {
@@ -139,16 +164,15 @@ absl::Status ReadShape(const ConfigFile& config, ModelSpec* spec) {
   return CheckHeads(config, *spec);
 }
 
-absl::StatusOr<ModelSpec> ReadLlama(const ConfigFile& config) {
+// What Llama and the families built like it share; each adds its biases and norms.
+absl::StatusOr<ModelSpec> ReadLlamaLike(const ConfigFile& config) {
   ModelSpec spec;
   NESTOR_RETURN_IF_ERROR(ReadShape(config, &spec));
   spec.norm = NormKind::kRms;
   NESTOR_ASSIGN_OR_RETURN(const double epsilon, config.Positive("rms_norm_eps"));
   spec.norm_epsilon = static_cast<float>(epsilon);
-  NESTOR_ASSIGN_OR_RETURN(spec.rope_theta, ReadRopeTheta(config));
+  NESTOR_RETURN_IF_ERROR(ReadRope(config, &spec));
   NESTOR_ASSIGN_OR_RETURN(spec.tied_head, config.BoolOr("tie_word_embeddings", false));
-  NESTOR_ASSIGN_OR_RETURN(spec.has_attention_bias, config.BoolOr("attention_bias", false));
-  NESTOR_ASSIGN_OR_RETURN(spec.has_mlp_bias, config.BoolOr("mlp_bias", false));
   spec.embeddings.token = "model.embed_tokens.weight";
   spec.head = spec.tied_head ? "model.embed_tokens" : "lm_head";
   spec.final_norm = "model.norm";
@@ -164,6 +188,44 @@ absl::StatusOr<ModelSpec> ReadLlama(const ConfigFile& config) {
   return spec;
 }
 
+absl::Status ReadAttentionBias(const ConfigFile& config, ModelSpec* spec) {
+  NESTOR_ASSIGN_OR_RETURN(const bool has_bias, config.BoolOr("attention_bias", false));
+  spec->has_qkv_bias = has_bias;
+  spec->has_attention_out_bias = has_bias;
+  return absl::OkStatus();
+}
+
+absl::StatusOr<ModelSpec> ReadLlama(const ConfigFile& config) {
+  NESTOR_ASSIGN_OR_RETURN(ModelSpec spec, ReadLlamaLike(config));
+  NESTOR_RETURN_IF_ERROR(ReadAttentionBias(config, &spec));
+  NESTOR_ASSIGN_OR_RETURN(spec.has_mlp_bias, config.BoolOr("mlp_bias", false));
+  return spec;
+}
+
+// UNIMPLEMENTED where `key` is true.
+absl::Status RequireFalse(const ConfigFile& config, const char* key) {
+  NESTOR_ASSIGN_OR_RETURN(const bool value, config.BoolOr(key, false));
+  return value ? config.NotSupported(key, "false") : absl::OkStatus();
+}
+
+absl::StatusOr<ModelSpec> ReadQwen2(const ConfigFile& config) {
+  NESTOR_RETURN_IF_ERROR(RequireFalse(config, "use_sliding_window"));
+  NESTOR_ASSIGN_OR_RETURN(ModelSpec spec, ReadLlamaLike(config));
+  spec.has_qkv_bias = true;
+  return spec;
+}
+
+absl::StatusOr<ModelSpec> ReadQwen3(const ConfigFile& config) {
+  NESTOR_RETURN_IF_ERROR(RequireFalse(config, "use_sliding_window"));
+  // The family's default is no share of hidden_size, so a missing key is an error.
+  NESTOR_RETURN_IF_ERROR(config.Count("head_dim").status());
+  NESTOR_ASSIGN_OR_RETURN(ModelSpec spec, ReadLlamaLike(config));
+  NESTOR_RETURN_IF_ERROR(ReadAttentionBias(config, &spec));
+  spec.names.query_norm = "model.layers.{}.self_attn.q_norm";
+  spec.names.key_norm = "model.layers.{}.self_attn.k_norm";
+  return spec;
+}
+
 absl::StatusOr<ModelSpec> ReadBert(const ConfigFile& config) {
   ModelSpec spec;
   NESTOR_RETURN_IF_ERROR(ReadShape(config, &spec));
@@ -175,7 +237,8 @@ absl::StatusOr<ModelSpec> ReadBert(const ConfigFile& config) {
   spec.norm_epsilon = static_cast<float>(epsilon);
   spec.norms_after = true;
   spec.causal = false;
-  spec.has_attention_bias = true;
+  spec.has_qkv_bias = true;
+  spec.has_attention_out_bias = true;
   spec.has_mlp_bias = true;
   spec.embeddings = {.token = "embeddings.word_embeddings.weight",
                      .position = "embeddings.position_embeddings.weight",
@@ -247,6 +310,22 @@ absl::Status ReadEndTokens(const std::string& directory, const ConfigFile& confi
   return AddEndTokens(config, spec);
 }
 
+struct Architecture {
+  const char* name;
+  absl::StatusOr<ModelSpec> (*read)(const ConfigFile& config);
+};
+
+constexpr Architecture kArchitectures[] = {{"LlamaForCausalLM", ReadLlama},
+                                           {"Qwen2ForCausalLM", ReadQwen2},
+                                           {"Qwen3ForCausalLM", ReadQwen3},
+                                           {"BertModel", ReadBert}};
+
+std::string NamesOfArchitectures() {
+  return absl::StrJoin(
+      kArchitectures, ", ",
+      [](std::string* out, const Architecture& architecture) { out->append(architecture.name); });
+}
+
 }  // namespace
 
 absl::StatusOr<ModelSpec> ReadModelSpec(const std::string& directory) {
@@ -256,18 +335,17 @@ absl::StatusOr<ModelSpec> ReadModelSpec(const std::string& directory) {
       !config.json()["architectures"][0].is_string()) {
     return config.Error("architectures", "expected a list of one name");
   }
-  const std::string architecture = config.json()["architectures"][0];
-  ModelSpec spec;
-  if (architecture == "LlamaForCausalLM") {
-    NESTOR_ASSIGN_OR_RETURN(spec, ReadLlama(config));
-    NESTOR_RETURN_IF_ERROR(ReadEndTokens(directory, config, &spec));
-  } else if (architecture == "BertModel") {
-    NESTOR_ASSIGN_OR_RETURN(spec, ReadBert(config));
-    NESTOR_RETURN_IF_ERROR(ReadPooling(directory, &spec));
-  } else {
-    return config.NotSupported("architectures", "LlamaForCausalLM, BertModel");
+  const std::string name = config.json()["architectures"][0];
+  const auto architecture =
+      std::find_if(std::begin(kArchitectures), std::end(kArchitectures),
+                   [&](const Architecture& known) { return known.name == name; });
+  if (architecture == std::end(kArchitectures)) {
+    return config.NotSupported("architectures", NamesOfArchitectures());
   }
-  spec.architecture = architecture;
+  NESTOR_ASSIGN_OR_RETURN(ModelSpec spec, architecture->read(config));
+  spec.architecture = name;
+  NESTOR_RETURN_IF_ERROR(spec.is_encoder() ? ReadPooling(directory, &spec)
+                                           : ReadEndTokens(directory, config, &spec));
   return spec;
 }
 
@@ -285,11 +363,11 @@ std::vector<LinearSpec> LayersOf(const ModelSpec& spec) {
       layers.push_back({NameInBlock(pattern, block), role, block, out, in, has_bias});
     };
     const BlockNames& names = spec.names;
-    add(names.query, LinearRole::kQuery, query_size, spec.hidden, spec.has_attention_bias);
-    add(names.key, LinearRole::kKey, key_size, spec.hidden, spec.has_attention_bias);
-    add(names.value, LinearRole::kValue, key_size, spec.hidden, spec.has_attention_bias);
+    add(names.query, LinearRole::kQuery, query_size, spec.hidden, spec.has_qkv_bias);
+    add(names.key, LinearRole::kKey, key_size, spec.hidden, spec.has_qkv_bias);
+    add(names.value, LinearRole::kValue, key_size, spec.hidden, spec.has_qkv_bias);
     add(names.attention_out, LinearRole::kAttentionOut, spec.hidden, query_size,
-        spec.has_attention_bias);
+        spec.has_attention_out_bias);
     if (!names.gate.empty()) {
       add(names.gate, LinearRole::kGate, spec.mlp_size, spec.hidden, spec.has_mlp_bias);
     }

@@ -34,12 +34,25 @@ struct EmbeddingNames {
 struct BlockNames {
   std::string query, key, value, attention_out, gate, up, down;  // gate empty: not gated
   std::string attention_norm, mlp_norm;
+  // Of every head, before the rotation (Qwen3); empty: none.
+  std::string query_norm = {}, key_norm = {};
+};
+
+// How RoPE's frequencies are lowered for contexts longer than those of pretraining. One that turns
+// `t` times in `original_context` positions is kept where t >= high_frequency_factor, divided by
+// `factor` where t <= low_frequency_factor, interpolated between them (Llama 3.1). The linear kind
+// (2306.15595) divides all: its `original_context` is 0.
+struct RopeScaling {
+  double factor = 1;
+  double original_context = 0;
+  double low_frequency_factor = 0;
+  double high_frequency_factor = 1;
 };
 
 // A transformer described by data: what config.json says, in the engine's own terms. New
 // architectures are new ways to fill this in (model_spec.cc), not new classes.
 struct ModelSpec {
-  std::string architecture;  // "LlamaForCausalLM", "BertModel"
+  std::string architecture;  // as config.json names it: "LlamaForCausalLM"
   int64_t num_blocks = 0;
   int64_t hidden = 0;
   int64_t num_heads = 0;
@@ -54,9 +67,11 @@ struct ModelSpec {
   bool norms_after = false;  // post-LayerNorm (BERT): norm(x + f(x)), no final norm
   ActivationKind activation = ActivationKind::kSilu;
   bool causal = true;  // false: an encoder, which has no KV cache and no head
-  bool has_attention_bias = false;
+  bool has_qkv_bias = false;
+  bool has_attention_out_bias = false;
   bool has_mlp_bias = false;
   double rope_theta = 0;  // 0: learned positions
+  RopeScaling rope_scaling;
   bool tied_head = false;
   std::string final_norm;  // without ".weight", like the blocks' norms; empty: none
   std::string head;        // without ".weight"; a tied head is named like the token embedding

@@ -1,7 +1,9 @@
 #include "engine/transformer.h"
 
+#include <algorithm>
 #include <array>
 #include <cmath>
+#include <tuple>
 
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
@@ -13,14 +15,26 @@ namespace {
 int64_t QuerySize(const ModelSpec& spec) { return spec.num_heads * spec.head_dim; }
 int64_t KeySize(const ModelSpec& spec) { return spec.num_kv_heads * spec.head_dim; }
 
-// theta^(-2i / head_dim), i < head_dim / 2 (RoFormer, 2104.09864, section 3.2.2).
+// theta^(-2i / head_dim), i < head_dim / 2 (RoFormer, 2104.09864, section 3.2.2), scaled.
 std::vector<float> InverseFrequencies(const ModelSpec& spec) {
+  const RopeScaling& scaling = spec.rope_scaling;
   std::vector<float> frequencies;
   for (int64_t i = 0; i < spec.head_dim / 2; ++i) {
-    frequencies.push_back(static_cast<float>(std::pow(
-        spec.rope_theta, -2.0 * static_cast<double>(i) / static_cast<double>(spec.head_dim))));
+    const double frequency = std::pow(
+        spec.rope_theta, -2.0 * static_cast<double>(i) / static_cast<double>(spec.head_dim));
+    const double turns = scaling.original_context * frequency / (2 * M_PI);
+    const double kept =
+        std::clamp((turns - scaling.low_frequency_factor) /
+                       (scaling.high_frequency_factor - scaling.low_frequency_factor),
+                   0.0, 1.0);
+    frequencies.push_back(static_cast<float>(frequency * (kept + (1 - kept) / scaling.factor)));
   }
   return frequencies;
+}
+
+// Tensors are row-major, so the heads of a row are rows of their own.
+Tensor PerHead(const Tensor& tensor, int64_t head_dim) {
+  return {.data = tensor.data, .rows = tensor.rows * (tensor.cols / head_dim), .cols = head_dim};
 }
 
 }  // namespace
@@ -70,10 +84,10 @@ absl::Status Transformer::LoadEmbeddings() {
     NESTOR_ASSIGN_OR_RETURN(type_table_, LoadTable(names.type, 1));
   }
   if (!names.norm.empty()) {
-    NESTOR_ASSIGN_OR_RETURN(embedding_norm_, LoadNorm(names.norm));
+    NESTOR_ASSIGN_OR_RETURN(embedding_norm_, LoadNorm(names.norm, spec.hidden));
   }
   if (!spec.final_norm.empty()) {
-    NESTOR_ASSIGN_OR_RETURN(final_norm_, LoadNorm(spec.final_norm));
+    NESTOR_ASSIGN_OR_RETURN(final_norm_, LoadNorm(spec.final_norm, spec.hidden));
   }
   if (spec.rope_theta > 0) {
     NESTOR_ASSIGN_OR_RETURN(inverse_frequencies_, backend_->LoadVector(InverseFrequencies(spec)));
@@ -81,15 +95,14 @@ absl::Status Transformer::LoadEmbeddings() {
   return absl::OkStatus();
 }
 
-absl::StatusOr<Transformer::Norm> Transformer::LoadNorm(const std::string& name) {
-  const int64_t hidden = model_->spec().hidden;
+absl::StatusOr<Transformer::Norm> Transformer::LoadNorm(const std::string& name, int64_t size) {
   Norm norm;
   NESTOR_ASSIGN_OR_RETURN(const std::vector<float> gain,
-                          model_->tensors().GetFloats(name + ".weight", {hidden}));
+                          model_->tensors().GetFloats(name + ".weight", {size}));
   NESTOR_ASSIGN_OR_RETURN(norm.gain, backend_->LoadVector(gain));
   if (model_->spec().norm == NormKind::kLayerNorm) {
     NESTOR_ASSIGN_OR_RETURN(const std::vector<float> bias,
-                            model_->tensors().GetFloats(name + ".bias", {hidden}));
+                            model_->tensors().GetFloats(name + ".bias", {size}));
     NESTOR_ASSIGN_OR_RETURN(norm.bias, backend_->LoadVector(bias));
   }
   return norm;
@@ -112,9 +125,14 @@ absl::Status Transformer::LoadBlocks() {
   }
   for (int64_t i = 0; i < spec.num_blocks; ++i) {
     Block& block = blocks_[static_cast<size_t>(i)];
-    NESTOR_ASSIGN_OR_RETURN(block.attention_norm,
-                            LoadNorm(NameInBlock(spec.names.attention_norm, i)));
-    NESTOR_ASSIGN_OR_RETURN(block.mlp_norm, LoadNorm(NameInBlock(spec.names.mlp_norm, i)));
+    for (const auto& [name, norm, size] :
+         {std::tuple(&spec.names.attention_norm, &block.attention_norm, spec.hidden),
+          std::tuple(&spec.names.mlp_norm, &block.mlp_norm, spec.hidden),
+          std::tuple(&spec.names.query_norm, &block.query_norm, spec.head_dim),
+          std::tuple(&spec.names.key_norm, &block.key_norm, spec.head_dim)}) {
+      if (name->empty()) continue;
+      NESTOR_ASSIGN_OR_RETURN(*norm, LoadNorm(NameInBlock(*name, i), size));
+    }
   }
   return absl::OkStatus();
 }
@@ -149,6 +167,12 @@ void Transformer::Normalise(const Norm& norm, const Tensor& in, const Tensor& ou
                   .in = in,
                   .out = out,
                   .rows = rows});
+}
+
+void Transformer::NormaliseHeads(const Norm& norm, const Tensor& heads, int64_t rows) {
+  if (norm.gain == kNone) return;
+  const Tensor per_head = PerHead(heads, model_->spec().head_dim);
+  Normalise(norm, per_head, per_head, rows * (heads.cols / per_head.cols));
 }
 
 void Transformer::Observe(const Tensor& in, int64_t rows, std::span<const Projection> projections) {
@@ -219,6 +243,8 @@ void Transformer::RunBlock(int64_t index, const StepRows& step) {
   const std::array<Projection, 3> qkv = {
       {{block.query, query_}, {block.key, key_}, {block.value, value_}}};
   Project(in, rows, step.runs, qkv, /*add_to_output=*/false);
+  NormaliseHeads(block.query_norm, query_, rows);
+  NormaliseHeads(block.key_norm, key_, rows);
   backend_->Attention({.layer = index,
                        .num_heads = spec.num_heads,
                        .num_kv_heads = spec.num_kv_heads,

@@ -56,7 +56,7 @@ class Transformer {
   // Layer indices of a block, -1 where it has none.
   struct Block {
     int query = -1, key = -1, value = -1, attention_out = -1, gate = -1, up = -1, down = -1;
-    Norm attention_norm, mlp_norm;
+    Norm attention_norm, mlp_norm, query_norm, key_norm;
   };
 
   Transformer(const NestedModel* model, Backend* backend) : model_(model), backend_(backend) {}
@@ -64,12 +64,14 @@ class Transformer {
   absl::Status LoadEmbeddings();
   absl::Status LoadBlocks();
   absl::Status AllocateTensors(int64_t max_rows, int64_t max_output_rows);
-  absl::StatusOr<Norm> LoadNorm(const std::string& name);
+  absl::StatusOr<Norm> LoadNorm(const std::string& name, int64_t size);
   absl::StatusOr<TableId> LoadTable(const std::string& name, int64_t min_rows);
 
   void Embed(const StepRows& step);
   void RunBlock(int64_t index, const StepRows& step);
   void Normalise(const Norm& norm, const Tensor& in, const Tensor& out, int64_t rows);
+  // Every head of `heads` [rows, count * head_dim] on its own, in place; nothing without a norm.
+  void NormaliseHeads(const Norm& norm, const Tensor& heads, int64_t rows);
   // Runs layers that share `in` over `runs`.
   struct Projection {
     int layer;

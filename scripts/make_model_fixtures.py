@@ -18,6 +18,8 @@ import transformers
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from transformers.models.llama import modeling_llama
+from transformers.models.qwen2 import modeling_qwen2
+from transformers.models.qwen3 import modeling_qwen3
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests" / "data" / "transformers"
@@ -56,34 +58,60 @@ def rms_norm_forward(self, hidden):
     return self.weight * hidden * torch.rsqrt(variance + self.variance_epsilon)
 
 
+def inverse_frequencies(config):
+    """float64 [head_dim / 2]: RoPE's, scaled as Llama 3.1 does where the config says so."""
+    rope = config.rope_parameters
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    plain = rope["rope_theta"] ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    if rope["rope_type"] == "default":
+        return plain
+    lowered = plain / rope["factor"]
+    if rope["rope_type"] == "linear":
+        return lowered
+    assert rope["rope_type"] == "llama3"
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    turns = rope["original_max_position_embeddings"] * plain / (2 * math.pi)
+    blend = (turns - low) / (high - low)
+    between = (1 - blend) * lowered + blend * plain
+    return torch.where(turns < low, lowered, torch.where(turns > high, plain, between))
+
+
 def rotary_forward(self, hidden, position_ids):
-    dim = self.config.head_dim
-    theta = self.config.rope_parameters["rope_theta"]
-    exponents = torch.arange(0, dim, 2, dtype=hidden.dtype) / dim
-    angles = position_ids[..., None].to(hidden.dtype) * theta**-exponents
+    frequencies = inverse_frequencies(self.config)
+    assert torch.allclose(frequencies, self.inv_freq.double(), rtol=1e-5)
+    angles = position_ids[..., None].to(hidden.dtype) * frequencies
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
 
 
-class Float64Llama:
-    """Within it, Llama models in float64 compute in float64 throughout."""
+FLOAT32_PARTS = [
+    (modeling_llama.LlamaRMSNorm, rms_norm_forward),
+    (modeling_llama.LlamaRotaryEmbedding, rotary_forward),
+    (modeling_qwen2.Qwen2RMSNorm, rms_norm_forward),
+    (modeling_qwen2.Qwen2RotaryEmbedding, rotary_forward),
+    (modeling_qwen3.Qwen3RMSNorm, rms_norm_forward),
+    (modeling_qwen3.Qwen3RotaryEmbedding, rotary_forward),
+]
+
+
+class Float64Parts:
+    """Within it, language models in float64 compute in float64 throughout."""
 
     def __enter__(self):
-        self._norm = modeling_llama.LlamaRMSNorm.forward
-        self._rotary = modeling_llama.LlamaRotaryEmbedding.forward
-        modeling_llama.LlamaRMSNorm.forward = rms_norm_forward
-        modeling_llama.LlamaRotaryEmbedding.forward = rotary_forward
+        self._forwards = [module.forward for module, _ in FLOAT32_PARTS]
+        for module, forward in FLOAT32_PARTS:
+            module.forward = forward
 
     def __exit__(self, *_):
-        modeling_llama.LlamaRMSNorm.forward = self._norm
-        modeling_llama.LlamaRotaryEmbedding.forward = self._rotary
+        for (module, _), forward in zip(FLOAT32_PARTS, self._forwards):
+            module.forward = forward
 
 
-def llama_logits(model, ids):
+def causal_logits(model, ids):
     """float64 [positions, vocabulary], checked against transformers' unchanged float32 pass."""
     with torch.no_grad():
         plain = model.float()(torch.tensor([ids])).logits[0]
-        with Float64Llama():
+        with Float64Parts():
             exact = model.double()(torch.tensor([ids])).logits[0]
         model.float()
     error = (plain - exact).abs().max() / exact.abs().max()
@@ -243,11 +271,12 @@ def character_word_pieces():
     }
 
 
-def write_llama(name, config, dtype, sharded, config_style, seed):
+def write_causal(name, config, dtype, seed, sharded=False, config_style=5, vocabulary=None):
+    """`vocabulary`: the tokens whose logits are kept, where not all are."""
     directory = DATA / name
     directory.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
-    model = transformers.LlamaForCausalLM(config).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     randomise(model, dtype, generator)
     tensors = stored_tensors(model, dtype)
     if sharded:
@@ -257,15 +286,16 @@ def write_llama(name, config, dtype, sharded, config_style, seed):
 
     stored = {
         **config.to_diff_dict(),
-        "architectures": ["LlamaForCausalLM"],
+        "architectures": [type(model).__name__],
         "tie_word_embeddings": config.tie_word_embeddings,
     }
     stored.pop("dtype", None)
     type_name = str(dtype).removeprefix("torch.")
     if config_style == 4:
+        rope = stored.pop("rope_parameters")
         stored |= {
-            "rope_theta": stored.pop("rope_parameters")["rope_theta"],
-            "rope_scaling": None,
+            "rope_theta": rope.pop("rope_theta"),
+            "rope_scaling": None if rope["rope_type"] == "default" else rope,
             "torch_dtype": type_name,
             "transformers_version": "4.46.3",
         }
@@ -287,8 +317,14 @@ def write_llama(name, config, dtype, sharded, config_style, seed):
     # Read back by transformers, so that the files are what is tested.
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     ids = [list("Nested models: 9".encode()), [257, 0, 263, 131, 77, 256, 10]]
-    logits = [rounded(llama_logits(model, sequence)) for sequence in ids]
-    write_json(directory / "expected.json", {"input_ids": ids, "logits": logits})
+    logits = [causal_logits(model, sequence) for sequence in ids]
+    expected = {"input_ids": ids}
+    if vocabulary is not None:
+        expected["vocabulary"] = vocabulary
+        logits = [values[:, vocabulary] for values in logits]
+    write_json(
+        directory / "expected.json", expected | {"logits": [rounded(values) for values in logits]}
+    )
 
 
 def make_tiny_llama():
@@ -308,7 +344,7 @@ def make_tiny_llama():
         tie_word_embeddings=False,
         rope_parameters={"rope_type": "default", "rope_theta": 20000.0},
     )
-    write_llama("tiny_llama", config, torch.bfloat16, sharded=False, config_style=5, seed=1)
+    write_causal("tiny_llama", config, torch.bfloat16, seed=1)
 
 
 def make_tiny_llama_tied():
@@ -326,7 +362,71 @@ def make_tiny_llama_tied():
         tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     )
-    write_llama("tiny_llama_tied", config, torch.float32, sharded=True, config_style=4, seed=2)
+    write_causal("tiny_llama_tied", config, torch.float32, seed=2, sharded=True, config_style=4)
+
+
+# Among them tokens that the texts hold, and the last of the vocabulary.
+SOME_TOKENS = [*range(3, 264, 12), 257, 263]
+
+
+def small_sizes(**changes):
+    """What a family's configuration class takes; sizes that are no multiples of 32."""
+    return {
+        "vocab_size": 264,
+        "hidden_size": 24,
+        "intermediate_size": 36,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-6,
+        "bos_token_id": 257,
+        "eos_token_id": 258,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    } | changes
+
+
+# Of the eight frequencies of a head of 16, one is kept, two are interpolated, the rest divided.
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def make_tiny_llama3_rope():
+    config = transformers.LlamaConfig(**small_sizes(head_dim=16, rope_parameters=LLAMA3_ROPE))
+    write_causal("tiny_llama3_rope", config, torch.bfloat16, seed=6, vocabulary=SOME_TOKENS)
+
+
+def make_tiny_llama_linear_rope():
+    rope = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+    config = transformers.LlamaConfig(**small_sizes(rope_parameters=rope, attention_bias=True))
+    write_causal(
+        "tiny_llama_linear_rope",
+        config,
+        torch.bfloat16,
+        seed=7,
+        config_style=4,
+        vocabulary=SOME_TOKENS,
+    )
+
+
+def make_tiny_qwen2():
+    config = transformers.Qwen2Config(**small_sizes())
+    write_causal(
+        "tiny_qwen2", config, torch.bfloat16, seed=8, config_style=4, vocabulary=SOME_TOKENS
+    )
+
+
+def make_tiny_qwen3():
+    """Heads that together are wider than the hidden state, as in the real ones; a free head."""
+    config = transformers.Qwen3Config(**small_sizes(head_dim=16, tie_word_embeddings=False))
+    write_causal("tiny_qwen3", config, torch.bfloat16, seed=9, vocabulary=SOME_TOKENS)
 
 
 def write_bert(name, config, dtype, pooling, seed):
@@ -422,7 +522,7 @@ def make_smollm2():
     generator = torch.Generator().manual_seed(5)
     entries = torch.randperm(model.config.vocab_size, generator=generator)[:256].sort().values
     positions = list(range(len(ids) - 6, len(ids)))
-    logits = llama_logits(model, ids)[positions][:, entries]
+    logits = causal_logits(model, ids)[positions][:, entries]
     expected = {
         "text": SMOLLM2_TEXT,
         "input_ids": ids,
@@ -455,6 +555,10 @@ def make_minilm():
 FIXTURES = {
     "tiny_llama": make_tiny_llama,
     "tiny_llama_tied": make_tiny_llama_tied,
+    "tiny_llama3_rope": make_tiny_llama3_rope,
+    "tiny_llama_linear_rope": make_tiny_llama_linear_rope,
+    "tiny_qwen2": make_tiny_qwen2,
+    "tiny_qwen3": make_tiny_qwen3,
     "tiny_bert": make_tiny_bert,
     "tiny_bert_cls": make_tiny_bert_cls,
     "smollm2-135m-instruct": make_smollm2,

@@ -52,6 +52,9 @@ class PipelineTest : public testing::Test {
   void SetUp() override {
     ASSERT_TRUE(WriteTinyLlama(Path("llama")).ok());
     ASSERT_TRUE(WriteTinyBert(Path("bert")).ok());
+    for (const std::string name : {"tiny_qwen2", "tiny_qwen3"}) {
+      fs::copy(NESTOR_SOURCE_DIR "/tests/data/transformers/" + name, Path(name));
+    }
     ASSERT_TRUE(WriteFileAtomically(Path("text.txt"), RandomText(800, 1)).ok());
     ASSERT_TRUE(WriteFileAtomically(Path("held_out.txt"), RandomText(100, 2)).ok());
   }
@@ -185,12 +188,35 @@ TEST_P(ArtifactTest, OpensAndEveryLevelEqualsTheReference) {
 
 INSTANTIATE_TEST_SUITE_P(
     Kinds, ArtifactTest,
-    testing::Values(Case{"llama_int8_both", "llama", LadderChoice::kBoth, DenseStorage::kPlanes},
-                    Case{"llama_bf16_residual", "llama", LadderChoice::kResidual,
-                         DenseStorage::kBf16},
-                    Case{"bert_int8_both", "bert", LadderChoice::kBoth, DenseStorage::kPlanes},
-                    Case{"bert_bf16_prefix", "bert", LadderChoice::kPrefix, DenseStorage::kBf16}),
+    testing::Values(
+        Case{"llama_int8_both", "llama", LadderChoice::kBoth, DenseStorage::kPlanes},
+        Case{"llama_bf16_residual", "llama", LadderChoice::kResidual, DenseStorage::kBf16},
+        Case{"qwen3_int8_both", "tiny_qwen3", LadderChoice::kBoth, DenseStorage::kPlanes},
+        Case{"bert_int8_both", "bert", LadderChoice::kBoth, DenseStorage::kPlanes},
+        Case{"bert_bf16_prefix", "bert", LadderChoice::kPrefix, DenseStorage::kBf16}),
     [](const auto& info) { return info.param.name; });
+
+class ExactArtifactTest : public PipelineTest, public testing::WithParamInterface<const char*> {};
+
+// These checkpoints' weights are exact in bf16, so nothing may be lost on the way.
+TEST_P(ExactArtifactTest, TheFullLevelOfABf16ArtifactEqualsItsSource) {
+  CompressOptions options = Options(GetParam());
+  options.dense = DenseStorage::kBf16;
+  ASSERT_TRUE(Compress(options).ok());
+  const std::unique_ptr<Engine> source = OpenArtifact(options.source, MakeReference);
+  const std::unique_ptr<Engine> artifact = OpenArtifact(options.output, MakeReference);
+  ASSERT_TRUE(source != nullptr && artifact != nullptr);
+  std::vector<int32_t> tokens(64);
+  for (size_t i = 0; i < tokens.size(); ++i) tokens[i] = static_cast<int32_t>(i * 37 % 256);
+  const int full = static_cast<int>(artifact->model().levels().size()) - 1;
+  const auto expected = LogProbabilities(source.get(), tokens, 0, 1);
+  const auto actual = LogProbabilities(artifact.get(), tokens, full, 1);
+  ASSERT_TRUE(expected.ok() && actual.ok());
+  EXPECT_THAT(*actual, testing::Pointwise(testing::DoubleNear(1e-6), *expected));
+}
+
+INSTANTIATE_TEST_SUITE_P(Families, ExactArtifactTest, testing::Values("tiny_qwen2", "tiny_qwen3"),
+                         [](const auto& info) { return std::string(info.param); });
 
 // Mean squared distance of a level's embeddings of `text` from the full level's.
 double DistanceFromFull(const std::string& artifact, int level, const std::string& text) {

@@ -108,11 +108,85 @@ TEST_F(ModelSpecTest, HeadsThatDoNotDivideAreRefused) {
               HasSubstr("num_key_value_heads"));
 }
 
-TEST_F(ModelSpecTest, AScaledRopeIsNotSupported) {
+TEST_F(ModelSpecTest, Llama3ScalingIsReadFromBothSpellings) {
+  const Json rope = {{"rope_type", "llama3"},   {"rope_theta", 500000.0},
+                     {"factor", 32.0},          {"low_freq_factor", 1.0},
+                     {"high_freq_factor", 4.0}, {"original_max_position_embeddings", 8192}};
+  for (const char* key : {"rope_parameters", "rope_scaling"}) {
+    const auto spec = ReadChanged([&](Json* c) {
+      c->erase("rope_parameters");
+      (*c)[key] = rope;
+    });
+    ASSERT_TRUE(spec.ok()) << spec.status();
+    EXPECT_EQ(spec->rope_theta, 500000);
+    EXPECT_EQ(spec->rope_scaling.factor, 32);
+    EXPECT_EQ(spec->rope_scaling.low_frequency_factor, 1);
+    EXPECT_EQ(spec->rope_scaling.high_frequency_factor, 4);
+    EXPECT_EQ(spec->rope_scaling.original_context, 8192);
+  }
+}
+
+TEST_F(ModelSpecTest, AnotherRopeTypeIsNotSupported) {
   const auto spec = ReadChanged([](Json* c) {
     (*c)["rope_scaling"] = {{"rope_type", "yarn"}, {"factor", 4.0}};
   });
   EXPECT_TRUE(absl::IsUnimplemented(spec.status())) << spec.status();
+  EXPECT_THAT(std::string(spec.status().message()),
+              AllOf(HasSubstr("config.json: rope_scaling.rope_type: \"yarn\""),
+                    HasSubstr("default, linear, llama3")));
+}
+
+TEST_F(ModelSpecTest, ABadRopeKeyIsNamedWithItsObject) {
+  EXPECT_THAT(ErrorOfChanged([](Json* c) {
+                (*c)["rope_scaling"] = {{"type", "linear"}, {"factor", 0}};
+              }),
+              AllOf(HasSubstr("config.json: rope_scaling.factor: expected a positive number"),
+                    HasSubstr("was 0")));
+  EXPECT_THAT(ErrorOfChanged([](Json* c) {
+                (*c)["rope_scaling"] = {{"rope_type", "llama3"},
+                                        {"factor", 8},
+                                        {"low_freq_factor", 4},
+                                        {"high_freq_factor", 4}};
+              }),
+              AllOf(HasSubstr("rope_scaling.high_freq_factor"), HasSubstr("more than"),
+                    HasSubstr("was 4")));
+}
+
+TEST_F(ModelSpecTest, Qwen2HasBiasesOnQueryKeyAndValueOnly) {
+  const auto spec = ReadChanged([](Json* c) { (*c)["architectures"] = {"Qwen2ForCausalLM"}; });
+  ASSERT_TRUE(spec.ok()) << spec.status();
+  std::vector<bool> has_bias;
+  for (const LinearSpec& layer : LayersOf(*spec)) {
+    if (layer.block == 0) has_bias.push_back(layer.has_bias);
+  }
+  EXPECT_THAT(has_bias, ElementsAre(true, true, true, false, false, false, false));
+}
+
+TEST_F(ModelSpecTest, ASlidingWindowIsNotSupported) {
+  for (const char* architecture : {"Qwen2ForCausalLM", "Qwen3ForCausalLM"}) {
+    const auto spec = ReadChanged([&](Json* c) {
+      (*c)["architectures"] = {architecture};
+      (*c)["use_sliding_window"] = true;
+    });
+    EXPECT_TRUE(absl::IsUnimplemented(spec.status())) << spec.status();
+    EXPECT_THAT(std::string(spec.status().message()),
+                AllOf(HasSubstr("config.json: use_sliding_window: true"), HasSubstr("false")));
+  }
+}
+
+TEST_F(ModelSpecTest, Qwen3HasNormsOfHeadsAndSaysTheirSize) {
+  const auto change = [](Json* c) {
+    (*c)["architectures"] = {"Qwen3ForCausalLM"};
+    (*c)["head_dim"] = 32;
+  };
+  const auto spec = ReadChanged(change);
+  ASSERT_TRUE(spec.ok()) << spec.status();
+  EXPECT_EQ(spec->head_dim, 32);
+  EXPECT_EQ(spec->names.query_norm, "model.layers.{}.self_attn.q_norm");
+  EXPECT_FALSE(LayersOf(*spec)[0].has_bias);
+  EXPECT_EQ(LayersOf(*spec)[0].out, 6 * 32);
+  EXPECT_THAT(ErrorOfChanged([&](Json* c) { c->erase("head_dim"); }),
+              AllOf(HasSubstr("config.json: head_dim"), HasSubstr("was absent")));
 }
 
 TEST_F(ModelSpecTest, AnEndTokenOutsideTheVocabularyIsRefused) {

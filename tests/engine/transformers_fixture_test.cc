@@ -21,16 +21,6 @@ using Output = StepEntry::Output;
 
 constexpr const char* kFixtures = NESTOR_SOURCE_DIR "/tests/data/transformers/";
 
-struct FixtureCase {
-  const char* name;  // of the fixture
-  bool uses_reference;
-  double tolerance;  // relative to the largest expected magnitude
-};
-
-void PrintTo(const FixtureCase& test, std::ostream* out) {
-  *out << test.name << (test.uses_reference ? " reference" : " cpu");
-}
-
 std::unique_ptr<Engine> MakeEngine(const std::string& directory, bool uses_reference) {
   absl::StatusOr<std::unique_ptr<NestedModel>> model = NestedModel::Open(directory);
   EXPECT_TRUE(model.ok()) << model.status();
@@ -57,6 +47,16 @@ std::vector<std::vector<float>> LogitsOf(Engine* engine, const std::vector<int32
   return logits;
 }
 
+// Logits after the last of `tokens`, all in one step.
+std::vector<float> LogitsAfterPrompt(Engine* engine, const std::vector<int32_t>& tokens) {
+  const SequenceId sequence = *engine->AddSequence(static_cast<int64_t>(tokens.size()));
+  const auto result =
+      engine->Step({{{.sequence = sequence, .tokens = tokens, .output = Output::kLastLogits}}});
+  EXPECT_TRUE(result.ok()) << result.status();
+  engine->RemoveSequence(sequence);
+  return {result->entries[0].values.begin(), result->entries[0].values.end()};
+}
+
 std::vector<float> EmbeddingOf(Engine* engine, const std::vector<int32_t>& tokens) {
   const SequenceId sequence = *engine->AddSequence(static_cast<int64_t>(tokens.size()));
   const auto result =
@@ -78,36 +78,51 @@ void ExpectNear(std::span<const float> actual, const Json& expected, double tole
   EXPECT_LE(error, tolerance * scale);
 }
 
-class TinyFixtureTest : public ::testing::TestWithParam<FixtureCase> {};
+// The fixture's name, and whether the reference runs it or the CPU backend.
+class TinyFixtureTest : public ::testing::TestWithParam<std::tuple<std::string, bool>> {};
+
+// The logits of the tokens whose outputs a fixture keeps: `vocabulary`, or all.
+std::vector<float> Kept(const std::vector<float>& logits, const Json& expected) {
+  if (!expected.contains("vocabulary")) return logits;
+  std::vector<float> kept;
+  for (const size_t token : expected["vocabulary"].get<std::vector<size_t>>()) {
+    kept.push_back(logits[token]);
+  }
+  return kept;
+}
 
 TEST_P(TinyFixtureTest, OutputsEqualThoseOfTransformers) {
-  const std::string directory = std::string(kFixtures) + GetParam().name;
+  const auto& [name, uses_reference] = GetParam();
+  // Logits come back as floats, so the reference cannot be closer than half a unit of their last
+  // place (6e-8); the CPU backend rounds in every operation.
+  const double tolerance = uses_reference ? 1e-6 : 2e-5;
+  const std::string directory = std::string(kFixtures) + name;
   const Json expected = Json::parse(*ReadFile(directory + "/expected.json"));
-  const auto engine = MakeEngine(directory, GetParam().uses_reference);
+  const auto engine = MakeEngine(directory, uses_reference);
   for (size_t i = 0; i < expected["input_ids"].size(); ++i) {
     const std::vector<int32_t> tokens = expected["input_ids"][i];
     if (engine->model().spec().is_encoder()) {
-      ExpectNear(EmbeddingOf(engine.get(), tokens), expected["embedding"][i], GetParam().tolerance);
+      ExpectNear(EmbeddingOf(engine.get(), tokens), expected["embedding"][i], tolerance);
       continue;
     }
-    const std::vector<std::vector<float>> logits = LogitsOf(engine.get(), tokens);
+    const Json& logits = expected["logits"][i];
+    const std::vector<std::vector<float>> decoded = LogitsOf(engine.get(), tokens);
     for (size_t position = 0; position < tokens.size(); ++position) {
-      ExpectNear(logits[position], expected["logits"][i][position], GetParam().tolerance);
+      ExpectNear(Kept(decoded[position], expected), logits[position], tolerance);
     }
+    ExpectNear(Kept(LogitsAfterPrompt(engine.get(), tokens), expected), logits.back(), tolerance);
   }
 }
 
-// Logits come back as floats, so the reference cannot be closer than half a unit of their last
-// place (6e-8); the CPU backend rounds in every operation.
-INSTANTIATE_TEST_SUITE_P(Tiny, TinyFixtureTest,
-                         ::testing::Values(FixtureCase{"tiny_llama", true, 1e-6},
-                                           FixtureCase{"tiny_llama", false, 2e-5},
-                                           FixtureCase{"tiny_llama_tied", true, 1e-6},
-                                           FixtureCase{"tiny_llama_tied", false, 2e-5},
-                                           FixtureCase{"tiny_bert", true, 1e-6},
-                                           FixtureCase{"tiny_bert", false, 2e-5},
-                                           FixtureCase{"tiny_bert_cls", true, 1e-6},
-                                           FixtureCase{"tiny_bert_cls", false, 2e-5}));
+INSTANTIATE_TEST_SUITE_P(
+    Tiny, TinyFixtureTest,
+    ::testing::Combine(::testing::Values("tiny_llama", "tiny_llama_tied", "tiny_llama3_rope",
+                                         "tiny_llama_linear_rope", "tiny_qwen2", "tiny_qwen3",
+                                         "tiny_bert", "tiny_bert_cls"),
+                       ::testing::Bool()),
+    [](const auto& test) {
+      return std::get<0>(test.param) + (std::get<1>(test.param) ? "_reference" : "_cpu");
+    });
 
 class RealModelTest : public ::testing::TestWithParam<bool> {
  protected:
@@ -132,11 +147,8 @@ TEST_P(RealModelTest, SmolLm2LogitsEqualThoseOfTransformers) {
   EXPECT_EQ(*engine_->tokenizer().Encode(expected_["text"], /*adds_special_tokens=*/true), tokens);
   const std::vector<std::vector<float>> logits = LogitsOf(engine_.get(), tokens);
   for (size_t i = 0; i < expected_["positions"].size(); ++i) {
-    std::vector<float> chosen;
-    for (const int32_t token : expected_["vocabulary"].get<std::vector<int32_t>>()) {
-      chosen.push_back(logits[expected_["positions"][i].get<size_t>()][static_cast<size_t>(token)]);
-    }
-    ExpectNear(chosen, expected_["logits"][i], GetParam() ? 1e-6 : 1e-4);
+    ExpectNear(Kept(logits[expected_["positions"][i].get<size_t>()], expected_),
+               expected_["logits"][i], GetParam() ? 1e-6 : 1e-4);
   }
 }
 
