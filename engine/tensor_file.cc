@@ -11,6 +11,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "absl/strings/strip.h"
 #include "base/bfloat16.h"
 #include "base/checksum.h"
 #include "base/status_macros.h"
@@ -23,7 +24,7 @@ using Json = nlohmann::json;
 
 constexpr std::pair<DType, const char*> kDTypeNames[] = {
     {DType::kF32, "F32"}, {DType::kF16, "F16"}, {DType::kBf16, "BF16"}, {DType::kI8, "I8"},
-    {DType::kU8, "U8"},   {DType::kI32, "I32"}, {DType::kI64, "I64"}};
+    {DType::kU8, "U8"},   {DType::kI32, "I32"}, {DType::kI64, "I64"},   {DType::kBool, "BOOL"}};
 
 std::optional<DType> DTypeOf(const std::string& name) {
   for (const auto& [dtype, known] : kDTypeNames) {
@@ -141,6 +142,7 @@ int64_t BytesOf(DType dtype) {
   switch (dtype) {
     case DType::kI8:
     case DType::kU8:
+    case DType::kBool:
       return 1;
     case DType::kF16:
     case DType::kBf16:
@@ -161,8 +163,8 @@ const char* NameOf(DType dtype) {
   return "unknown";
 }
 
-absl::StatusOr<std::unique_ptr<TensorFile>> TensorFile::Open(
-    const std::vector<std::string>& paths) {
+absl::StatusOr<std::unique_ptr<TensorFile>> TensorFile::Open(const std::vector<std::string>& paths,
+                                                             const std::string& optional_prefix) {
   std::unique_ptr<TensorFile> result(new TensorFile);
   result->paths_ = paths;
   for (const std::string& path : paths) {
@@ -176,7 +178,8 @@ absl::StatusOr<std::unique_ptr<TensorFile>> TensorFile::Open(
       of_this_file.emplace_back(name, std::move(view));
     }
     NESTOR_RETURN_IF_ERROR(CheckNoOverlap(path, of_this_file));
-    for (auto& [name, view] : of_this_file) {
+    for (auto& [stored_name, view] : of_this_file) {
+      const std::string name(absl::StripPrefix(stored_name, optional_prefix));
       const auto [slot, is_new] = result->tensors_.emplace(name, std::move(view));
       if (!is_new) {
         return absl::InvalidArgumentError(
@@ -189,10 +192,10 @@ absl::StatusOr<std::unique_ptr<TensorFile>> TensorFile::Open(
 }
 
 absl::StatusOr<std::unique_ptr<TensorFile>> TensorFile::OpenCheckpoint(
-    const std::string& directory) {
+    const std::string& directory, const std::string& optional_prefix) {
   const std::string index_path = directory + "/model.safetensors.index.json";
   const absl::StatusOr<std::string> index_text = ReadFile(index_path);
-  if (!index_text.ok()) return Open({directory + "/model.safetensors"});
+  if (!index_text.ok()) return Open({directory + "/model.safetensors"}, optional_prefix);
   const Json index = Json::parse(*index_text, nullptr, /*allow_exceptions=*/false);
   if (!index.is_object() || !index.contains("weight_map") || !index["weight_map"].is_object()) {
     return absl::InvalidArgumentError(absl::StrCat(index_path, ": weight_map: expected an object"));
@@ -207,7 +210,7 @@ absl::StatusOr<std::unique_ptr<TensorFile>> TensorFile::OpenCheckpoint(
     if (std::find(paths.begin(), paths.end(), path) == paths.end()) paths.push_back(path);
   }
   std::sort(paths.begin(), paths.end());
-  return Open(paths);
+  return Open(paths, optional_prefix);
 }
 
 void TensorFile::DropPages() const {

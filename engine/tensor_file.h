@@ -15,7 +15,7 @@
 
 namespace nestor {
 
-enum class DType : uint8_t { kF32, kF16, kBf16, kI8, kU8, kI32, kI64 };
+enum class DType : uint8_t { kF32, kF16, kBf16, kI8, kU8, kI32, kI64, kBool };
 
 int64_t BytesOf(DType dtype);
 // As safetensors spells it: "F32", "BF16", ...
@@ -33,10 +33,13 @@ struct TensorView {
 class TensorFile {
  public:
   // INVALID_ARGUMENT names the file and what is wrong with it: a header that is no JSON, a type
-  // that is unknown, offsets that leave the file or overlap, a tensor that is in two files.
-  static absl::StatusOr<std::unique_ptr<TensorFile>> Open(const std::vector<std::string>& paths);
+  // that is unknown, offsets that leave the file or overlap, a tensor that is there twice. Names
+  // that begin with `optional_prefix` are known without it.
+  static absl::StatusOr<std::unique_ptr<TensorFile>> Open(const std::vector<std::string>& paths,
+                                                          const std::string& optional_prefix = "");
   // DIRECTORY/model.safetensors, or the files that DIRECTORY/model.safetensors.index.json names.
-  static absl::StatusOr<std::unique_ptr<TensorFile>> OpenCheckpoint(const std::string& directory);
+  static absl::StatusOr<std::unique_ptr<TensorFile>> OpenCheckpoint(
+      const std::string& directory, const std::string& optional_prefix = "");
 
   bool Has(const std::string& name) const { return tensors_.count(name) != 0; }
   // NOT_FOUND names the files and the tensor; INVALID_ARGUMENT says which shape was expected. An

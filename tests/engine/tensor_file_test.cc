@@ -65,6 +65,27 @@ TEST_F(TensorFileTest, WhatWasWrittenIsRead) {
   EXPECT_EQ(b[6], -2.0f);
 }
 
+TEST_F(TensorFileTest, AnOptionalPrefixIsLeftOutOfNames) {
+  const std::string header =
+      R"({"model.a": {"dtype": "BOOL", "shape": [2], "data_offsets": [0, 2]},
+          "b": {"dtype": "U8", "shape": [1], "data_offsets": [2, 3]}})";
+  ASSERT_TRUE(WriteFileAtomically(path(), WithHeader(header, 3)).ok());
+  const auto file = TensorFile::Open({path()}, "model.");
+  ASSERT_TRUE(file.ok()) << file.status();
+  EXPECT_TRUE((*file)->Has("a") && (*file)->Has("b"));
+  EXPECT_FALSE((*file)->Has("model.a"));
+}
+
+TEST_F(TensorFileTest, TheSameNameWithAndWithoutThePrefixIsRefused) {
+  const std::string header =
+      R"({"model.a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]},
+          "a": {"dtype": "U8", "shape": [1], "data_offsets": [1, 2]}})";
+  ASSERT_TRUE(WriteFileAtomically(path(), WithHeader(header, 2)).ok());
+  EXPECT_TRUE(TensorFile::Open({path()}).ok());
+  EXPECT_THAT(std::string(TensorFile::Open({path()}, "model.").status().message()),
+              AllOf(HasSubstr(path()), HasSubstr("tensor a is also in")));
+}
+
 TEST_F(TensorFileTest, AMissingTensorIsNamedWithItsShape) {
   const auto file = TensorFile::Open({path()});
   EXPECT_THAT(std::string((*file)->Get("c", {2, 2}).status().message()),
