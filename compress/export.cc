@@ -25,23 +25,19 @@ constexpr const char* kCopiedFiles[] = {
     "tokenizer_config.json", "special_tokens_map.json",   "chat_template.jinja",
     "modules.json",          "sentence_bert_config.json", "1_Pooling/config.json"};
 
-// A tensor that the model reads beside its linear weights, and how an artifact stores it.
+// A tensor that the model reads beside its linear layers, and how an artifact stores it.
 struct OtherTensor {
   std::string name;
   DType stored = DType::kF32;
 };
 
-std::vector<OtherTensor> OtherTensorsOf(const ModelSpec& spec,
-                                        const std::vector<LinearSpec>& layers) {
+std::vector<OtherTensor> OtherTensorsOf(const ModelSpec& spec) {
   std::vector<OtherTensor> tensors;
   const auto add_norm = [&](const std::string& stem) {
     if (stem.empty()) return;
     tensors.push_back({stem + ".weight"});
     if (spec.norm == NormKind::kLayerNorm) tensors.push_back({stem + ".bias"});
   };
-  for (const LinearSpec& layer : layers) {
-    if (layer.has_bias) tensors.push_back({layer.name + ".bias"});
-  }
   // The largest table; a row of it is all that a token reads.
   if (!spec.tied_head) tensors.push_back({spec.embeddings.token, DType::kBf16});
   for (const std::string& name : {spec.embeddings.position, spec.embeddings.type}) {
@@ -58,8 +54,14 @@ std::vector<OtherTensor> OtherTensorsOf(const ModelSpec& spec,
   return tensors;
 }
 
-absl::Status CheckFinite(const TensorFile& tensors, const std::string& name,
-                         const std::vector<int64_t>& shape) {
+absl::StatusOr<std::vector<int64_t>> ShapeOf(const TensorFile& tensors, const std::string& name) {
+  const auto found = tensors.tensors().find(name);
+  if (found == tensors.tensors().end()) return tensors.Get(name, {}).status();
+  return found->second.shape;
+}
+
+absl::Status CheckFinite(const TensorFile& tensors, const std::string& name) {
+  NESTOR_ASSIGN_OR_RETURN(const std::vector<int64_t> shape, ShapeOf(tensors, name));
   NESTOR_ASSIGN_OR_RETURN(const std::vector<float> values, tensors.GetFloats(name, shape));
   const auto bad =
       std::find_if(values.begin(), values.end(), [](float value) { return !std::isfinite(value); });
@@ -68,12 +70,6 @@ absl::Status CheckFinite(const TensorFile& tensors, const std::string& name,
   return absl::InvalidArgumentError(absl::StrCat(view.path, ": tensor ", name, ": element ",
                                                  bad - values.begin(), " is ", *bad,
                                                  ", expected finite values"));
-}
-
-absl::StatusOr<std::vector<int64_t>> ShapeOf(const TensorFile& tensors, const std::string& name) {
-  const auto found = tensors.tensors().find(name);
-  if (found == tensors.tensors().end()) return tensors.Get(name, {}).status();
-  return found->second.shape;
 }
 
 absl::Status AddFactor(const std::string& stem, const std::string& part, const FactorCodes& factor,
@@ -230,7 +226,14 @@ absl::Status ReplacePrefix(const LinearSpec& spec, const FactorPair& factors, Te
 }
 
 absl::Status AddOtherTensors(const NestedModel& source, TensorSpill* spill) {
-  for (const OtherTensor& tensor : OtherTensorsOf(source.spec(), source.layers())) {
+  for (size_t i = 0; i < source.layers().size(); ++i) {
+    const LinearSpec& layer = source.layers()[i];
+    if (!layer.has_bias) continue;
+    NESTOR_ASSIGN_OR_RETURN(const std::vector<float> bias, source.Bias(i));
+    NESTOR_RETURN_IF_ERROR(
+        spill->Add(layer.name + ".bias", DType::kF32, {layer.out}, std::as_bytes(std::span(bias))));
+  }
+  for (const OtherTensor& tensor : OtherTensorsOf(source.spec())) {
     NESTOR_ASSIGN_OR_RETURN(const std::vector<int64_t> shape,
                             ShapeOf(source.tensors(), tensor.name));
     NESTOR_ASSIGN_OR_RETURN(const std::vector<float> values,
@@ -250,13 +253,14 @@ absl::Status AddOtherTensors(const NestedModel& source, TensorSpill* spill) {
 
 absl::Status CheckFinite(const NestedModel& source) {
   for (const LinearSpec& layer : source.layers()) {
-    NESTOR_RETURN_IF_ERROR(
-        CheckFinite(source.tensors(), layer.name + ".weight", {layer.out, layer.in}));
+    // A tensor of several layers is seen whole with the first of them.
+    if (layer.source.first_output != 0) continue;
+    NESTOR_RETURN_IF_ERROR(CheckFinite(source.tensors(), layer.source.name + ".weight"));
+    if (!layer.has_bias) continue;
+    NESTOR_RETURN_IF_ERROR(CheckFinite(source.tensors(), layer.source.name + ".bias"));
   }
-  for (const OtherTensor& tensor : OtherTensorsOf(source.spec(), source.layers())) {
-    NESTOR_ASSIGN_OR_RETURN(const std::vector<int64_t> shape,
-                            ShapeOf(source.tensors(), tensor.name));
-    NESTOR_RETURN_IF_ERROR(CheckFinite(source.tensors(), tensor.name, shape));
+  for (const OtherTensor& tensor : OtherTensorsOf(source.spec())) {
+    NESTOR_RETURN_IF_ERROR(CheckFinite(source.tensors(), tensor.name));
   }
   return absl::OkStatus();
 }

@@ -222,8 +222,7 @@ absl::Status Compression::CompressOneLayer(size_t layer) {
   const LinearSpec& spec = source_->layers()[layer];
   NESTOR_ASSIGN_OR_RETURN(const std::vector<double> moment,
                           calibration_->Moment(inputs_.input_of_layer[layer]));
-  NESTOR_ASSIGN_OR_RETURN(const std::vector<float> weights,
-                          source_->tensors().GetFloats(spec.name + ".weight", {spec.out, spec.in}));
+  NESTOR_ASSIGN_OR_RETURN(const std::vector<float> weights, source_->SourceWeight(layer));
   const LayerSettings settings{.dense = options_.dense,
                                .has_residual_ladder = has_residual(),
                                .has_prefix_ladder = has_prefix(),

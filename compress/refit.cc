@@ -187,9 +187,7 @@ class RefittingBackend final : public Backend {
     const LinearSpec& spec = artifact_->layers()[layer];
     std::vector<float> scratch;
     NESTOR_ASSIGN_OR_RETURN(LinearWeights weights, artifact_->Weights(layer, &scratch));
-    NESTOR_ASSIGN_OR_RETURN(
-        const std::vector<float> original,
-        source_->tensors().GetFloats(spec.name + ".weight", {spec.out, spec.in}));
+    NESTOR_ASSIGN_OR_RETURN(const std::vector<float> original, source_->SourceWeight(layer));
     const std::vector<float> target = Product(original, guess, spec.out, spec.in);
     NESTOR_ASSIGN_OR_RETURN(const FactorPair factors,
                             FactorsOf(target, spec.out, spec.in, moment, options_->ranks[layer]));

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <filesystem>
+#include <span>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -93,13 +94,14 @@ class ConfigFile {
   Json json_;
 };
 
-absl::StatusOr<ActivationKind> ReadActivation(const ConfigFile& config) {
-  NESTOR_ASSIGN_OR_RETURN(const std::string name, config.StringOr("hidden_act", ""));
+absl::StatusOr<ActivationKind> ReadActivation(const ConfigFile& config, const char* key,
+                                              const std::string& fallback = "") {
+  NESTOR_ASSIGN_OR_RETURN(const std::string name, config.StringOr(key, fallback));
   if (name == "silu" || name == "swish") return ActivationKind::kSilu;
   if (name == "gelu") return ActivationKind::kGeluErf;
   if (name == "gelu_new" || name == "gelu_pytorch_tanh") return ActivationKind::kGeluTanh;
-  if (name.empty()) return config.Error("hidden_act", "expected a string");
-  return config.NotSupported("hidden_act", "silu, gelu, gelu_new, gelu_pytorch_tanh");
+  if (name.empty()) return config.Error(key, "expected a string");
+  return config.NotSupported(key, "silu, gelu, gelu_new, gelu_pytorch_tanh");
 }
 
 // Llama 3.1's, as transformers' modeling_rope_utils.py computes it.
@@ -160,7 +162,7 @@ absl::Status ReadShape(const ConfigFile& config, ModelSpec* spec) {
   NESTOR_ASSIGN_OR_RETURN(spec->mlp_size, config.Count("intermediate_size"));
   NESTOR_ASSIGN_OR_RETURN(spec->vocabulary, config.Count("vocab_size"));
   NESTOR_ASSIGN_OR_RETURN(spec->context_length, config.Count("max_position_embeddings"));
-  NESTOR_ASSIGN_OR_RETURN(spec->activation, ReadActivation(config));
+  NESTOR_ASSIGN_OR_RETURN(spec->activation, ReadActivation(config, "hidden_act"));
   return CheckHeads(config, *spec);
 }
 
@@ -202,27 +204,80 @@ absl::StatusOr<ModelSpec> ReadLlama(const ConfigFile& config) {
   return spec;
 }
 
-// UNIMPLEMENTED where `key` is true.
-absl::Status RequireFalse(const ConfigFile& config, const char* key) {
-  NESTOR_ASSIGN_OR_RETURN(const bool value, config.BoolOr(key, false));
-  return value ? config.NotSupported(key, "false") : absl::OkStatus();
+// UNIMPLEMENTED where `key` has the other value; an absent one is as `supported`.
+absl::Status Require(const ConfigFile& config, const char* key, bool supported) {
+  NESTOR_ASSIGN_OR_RETURN(const bool value, config.BoolOr(key, supported));
+  return value == supported ? absl::OkStatus()
+                            : config.NotSupported(key, supported ? "true" : "false");
 }
 
 absl::StatusOr<ModelSpec> ReadQwen2(const ConfigFile& config) {
-  NESTOR_RETURN_IF_ERROR(RequireFalse(config, "use_sliding_window"));
+  NESTOR_RETURN_IF_ERROR(Require(config, "use_sliding_window", false));
   NESTOR_ASSIGN_OR_RETURN(ModelSpec spec, ReadLlamaLike(config));
   spec.has_qkv_bias = true;
   return spec;
 }
 
 absl::StatusOr<ModelSpec> ReadQwen3(const ConfigFile& config) {
-  NESTOR_RETURN_IF_ERROR(RequireFalse(config, "use_sliding_window"));
+  NESTOR_RETURN_IF_ERROR(Require(config, "use_sliding_window", false));
   // The family's default is no share of hidden_size, so a missing key is an error.
   NESTOR_RETURN_IF_ERROR(config.Count("head_dim").status());
   NESTOR_ASSIGN_OR_RETURN(ModelSpec spec, ReadLlamaLike(config));
   NESTOR_RETURN_IF_ERROR(ReadAttentionBias(config, &spec));
   spec.names.query_norm = "model.layers.{}.self_attn.q_norm";
   spec.names.key_norm = "model.layers.{}.self_attn.k_norm";
+  return spec;
+}
+
+absl::Status ReadGpt2Shape(const ConfigFile& config, ModelSpec* spec) {
+  NESTOR_ASSIGN_OR_RETURN(spec->num_blocks, config.Count("n_layer"));
+  NESTOR_ASSIGN_OR_RETURN(spec->hidden, config.Count("n_embd"));
+  NESTOR_ASSIGN_OR_RETURN(spec->num_heads, config.Count("n_head"));
+  if (spec->hidden % spec->num_heads != 0) {
+    return config.Error("n_head",
+                        absl::StrCat("expected a divisor of n_embd (", spec->hidden, ")"));
+  }
+  spec->num_kv_heads = spec->num_heads;
+  spec->head_dim = spec->hidden / spec->num_heads;
+  NESTOR_ASSIGN_OR_RETURN(spec->mlp_size, config.CountOr("n_inner", 4 * spec->hidden));
+  NESTOR_ASSIGN_OR_RETURN(spec->vocabulary, config.Count("vocab_size"));
+  const char* context_key =
+      config.Has("n_ctx") && !config.Has("n_positions") ? "n_ctx" : "n_positions";
+  NESTOR_ASSIGN_OR_RETURN(spec->context_length, config.Count(context_key));
+  NESTOR_ASSIGN_OR_RETURN(spec->activation,
+                          ReadActivation(config, "activation_function", "gelu_new"));
+  return absl::OkStatus();
+}
+
+absl::StatusOr<ModelSpec> ReadGpt2(const ConfigFile& config) {
+  // reorder_and_upcast_attn may be either: it changes only where attention rounds.
+  NESTOR_RETURN_IF_ERROR(Require(config, "scale_attn_weights", true));
+  NESTOR_RETURN_IF_ERROR(Require(config, "scale_attn_by_inverse_layer_idx", false));
+  NESTOR_RETURN_IF_ERROR(Require(config, "add_cross_attention", false));
+  ModelSpec spec;
+  NESTOR_RETURN_IF_ERROR(ReadGpt2Shape(config, &spec));
+  spec.norm = NormKind::kLayerNorm;
+  NESTOR_ASSIGN_OR_RETURN(const double epsilon, config.Positive("layer_norm_epsilon"));
+  spec.norm_epsilon = static_cast<float>(epsilon);
+  spec.has_qkv_bias = true;
+  spec.has_attention_out_bias = true;
+  spec.has_mlp_bias = true;
+  NESTOR_ASSIGN_OR_RETURN(spec.tied_head, config.BoolOr("tie_word_embeddings", true));
+  spec.embeddings = {.token = "wte.weight", .position = "wpe.weight", .type = "", .norm = ""};
+  spec.head = spec.tied_head ? "wte" : "lm_head";
+  spec.final_norm = "ln_f";
+  spec.names = {.query = "h.{}.attn.c_attn.query",
+                .key = "h.{}.attn.c_attn.key",
+                .value = "h.{}.attn.c_attn.value",
+                .attention_out = "h.{}.attn.c_proj",
+                .gate = "",
+                .up = "h.{}.mlp.c_fc",
+                .down = "h.{}.mlp.c_proj",
+                .attention_norm = "h.{}.ln_1",
+                .mlp_norm = "h.{}.ln_2"};
+  spec.fused_qkv = "h.{}.attn.c_attn";
+  spec.stores_transposed = true;
+  spec.optional_prefix = "transformer.";
   return spec;
 }
 
@@ -318,12 +373,24 @@ struct Architecture {
 constexpr Architecture kArchitectures[] = {{"LlamaForCausalLM", ReadLlama},
                                            {"Qwen2ForCausalLM", ReadQwen2},
                                            {"Qwen3ForCausalLM", ReadQwen3},
+                                           {"GPT2LMHeadModel", ReadGpt2},
                                            {"BertModel", ReadBert}};
 
 std::string NamesOfArchitectures() {
   return absl::StrJoin(
       kArchitectures, ", ",
       [](std::string* out, const Architecture& architecture) { out->append(architecture.name); });
+}
+
+// The outputs of `layers` stand in one source tensor, in this order.
+void ShareTensor(const std::string& name, std::span<LinearSpec> layers) {
+  int64_t num_outputs = 0;
+  for (LinearSpec& layer : layers) {
+    layer.source.name = name;
+    layer.source.first_output = num_outputs;
+    num_outputs += layer.out;
+  }
+  for (LinearSpec& layer : layers) layer.source.num_outputs = num_outputs;
 }
 
 }  // namespace
@@ -360,12 +427,17 @@ std::vector<LinearSpec> LayersOf(const ModelSpec& spec) {
   for (int32_t block = 0; block < spec.num_blocks; ++block) {
     const auto add = [&](const std::string& pattern, LinearRole role, int64_t out, int64_t in,
                          bool has_bias) {
-      layers.push_back({NameInBlock(pattern, block), role, block, out, in, has_bias});
+      const std::string name = NameInBlock(pattern, block);
+      const SourceTensor source = {name, out, 0, spec.stores_transposed};
+      layers.push_back({name, role, block, out, in, has_bias, source});
     };
     const BlockNames& names = spec.names;
     add(names.query, LinearRole::kQuery, query_size, spec.hidden, spec.has_qkv_bias);
     add(names.key, LinearRole::kKey, key_size, spec.hidden, spec.has_qkv_bias);
     add(names.value, LinearRole::kValue, key_size, spec.hidden, spec.has_qkv_bias);
+    if (!spec.fused_qkv.empty()) {
+      ShareTensor(NameInBlock(spec.fused_qkv, block), std::span(layers).last(3));
+    }
     add(names.attention_out, LinearRole::kAttentionOut, spec.hidden, query_size,
         spec.has_attention_out_bias);
     if (!names.gate.empty()) {
@@ -375,7 +447,9 @@ std::vector<LinearSpec> LayersOf(const ModelSpec& spec) {
     add(names.down, LinearRole::kDown, spec.hidden, spec.mlp_size, spec.has_mlp_bias);
   }
   if (!spec.is_encoder()) {
-    layers.push_back({spec.head, LinearRole::kHead, -1, spec.vocabulary, spec.hidden, false});
+    const SourceTensor source = {spec.head, spec.vocabulary, 0, false};
+    layers.push_back(
+        {spec.head, LinearRole::kHead, -1, spec.vocabulary, spec.hidden, false, source});
   }
   return layers;
 }

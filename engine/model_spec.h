@@ -13,13 +13,23 @@ namespace nestor {
 // Where a linear layer stands in a block; the order is that of LayersOf.
 enum class LinearRole : uint8_t { kQuery, kKey, kValue, kAttentionOut, kGate, kUp, kDown, kHead };
 
+// Where a source checkpoint keeps a layer's weight and bias: outputs [first_output, first_output +
+// out) of tensors that may hold several layers.
+struct SourceTensor {
+  std::string name;         // without ".weight" and ".bias"
+  int64_t num_outputs = 0;  // of the whole tensor
+  int64_t first_output = 0;
+  bool is_transposed = false;  // weights [in, num_outputs] instead of [num_outputs, in]
+};
+
 struct LinearSpec {
-  std::string name;  // the checkpoint's tensor name without ".weight"
+  std::string name;  // in artifacts and messages; the source tensor's where that holds no other
   LinearRole role = LinearRole::kHead;
   int32_t block = -1;  // -1: the head
   int64_t out = 0;
   int64_t in = 0;
   bool has_bias = false;
+  SourceTensor source;
 };
 
 struct EmbeddingNames {
@@ -77,6 +87,11 @@ struct ModelSpec {
   std::string head;        // without ".weight"; a tied head is named like the token embedding
   EmbeddingNames embeddings;
   BlockNames names;
+
+  // How a source checkpoint stores the blocks' layers, where not each as one [out, in] tensor.
+  std::string fused_qkv;           // a tensor of q, k and v, one after the other; empty: three
+  bool stores_transposed = false;  // [in, out] (GPT-2's Conv1D)
+  std::string optional_prefix;     // that all its tensor names may have, or none
 
   // Encoders, from sentence-transformers' files beside the checkpoint.
   PoolingKind pooling = PoolingKind::kMean;

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "base/check.h"
 #include "base/checksum.h"
 #include "base/file.h"
 #include "base/status_macros.h"
@@ -111,6 +112,12 @@ const Element* Pointer(const TensorView& view) {
   return reinterpret_cast<const Element*>(view.bytes.data());
 }
 
+// Of the whole source tensor that holds a layer's weight.
+std::vector<int64_t> SourceShape(const LinearSpec& layer) {
+  if (layer.source.is_transposed) return {layer.in, layer.source.num_outputs};
+  return {layer.source.num_outputs, layer.in};
+}
+
 }  // namespace
 
 const char* NameOf(Form form) {
@@ -177,12 +184,13 @@ absl::StatusOr<std::unique_ptr<NestedModel>> NestedModel::Open(const std::string
 }
 
 absl::Status NestedModel::ReadCheckpoint() {
-  NESTOR_ASSIGN_OR_RETURN(tensors_, TensorFile::OpenCheckpoint(directory_));
+  NESTOR_ASSIGN_OR_RETURN(tensors_, TensorFile::OpenCheckpoint(directory_, spec_.optional_prefix));
   bool is_all_bf16 = true;
   for (const LinearSpec& layer : layers_) {
-    const std::string name = layer.name + ".weight";
-    NESTOR_ASSIGN_OR_RETURN(const TensorView view, tensors_->Get(name, {layer.out, layer.in}));
-    is_all_bf16 = is_all_bf16 && view.dtype == DType::kBf16 && IsAligned(view);
+    NESTOR_ASSIGN_OR_RETURN(const TensorView view,
+                            tensors_->Get(layer.source.name + ".weight", SourceShape(layer)));
+    is_all_bf16 =
+        is_all_bf16 && view.dtype == DType::kBf16 && IsAligned(view) && !layer.source.is_transposed;
   }
   dtype_ = is_all_bf16 ? "bf16" : "fp32";
   dense_storage_ = is_all_bf16 ? DenseStorage::kBf16 : DenseStorage::kF32;
@@ -339,28 +347,54 @@ absl::StatusOr<FactorView> NestedModel::Factors(size_t layer, Form form) const {
   return view;
 }
 
+absl::StatusOr<std::vector<float>> NestedModel::SourceWeight(size_t layer) const {
+  NESTOR_CHECK(!is_artifact_);
+  const LinearSpec& spec = layers_[layer];
+  const SourceTensor& source = spec.source;
+  NESTOR_ASSIGN_OR_RETURN(std::vector<float> tensor,
+                          tensors_->GetFloats(source.name + ".weight", SourceShape(spec)));
+  if (!source.is_transposed && source.num_outputs == spec.out) return tensor;
+  // Strides of an output and of an input in the source tensor.
+  const int64_t out_stride = source.is_transposed ? 1 : spec.in;
+  const int64_t in_stride = source.is_transposed ? source.num_outputs : 1;
+  std::vector<float> weight;
+  weight.reserve(static_cast<size_t>(spec.out * spec.in));
+  for (int64_t i = 0; i < spec.out; ++i) {
+    const float* output = tensor.data() + (source.first_output + i) * out_stride;
+    for (int64_t j = 0; j < spec.in; ++j) weight.push_back(output[j * in_stride]);
+  }
+  return weight;
+}
+
+absl::StatusOr<std::vector<float>> NestedModel::Bias(size_t layer) const {
+  const LinearSpec& spec = layers_[layer];
+  if (!spec.has_bias) return std::vector<float>();
+  if (is_artifact_) return tensors_->GetFloats(spec.name + ".bias", {spec.out});
+  NESTOR_ASSIGN_OR_RETURN(
+      const std::vector<float> tensor,
+      tensors_->GetFloats(spec.source.name + ".bias", {spec.source.num_outputs}));
+  const auto first = tensor.begin() + spec.source.first_output;
+  return std::vector<float>(first, first + spec.out);
+}
+
 absl::StatusOr<LinearWeights> NestedModel::Weights(size_t layer,
                                                    std::vector<float>* scratch) const {
   const LinearSpec& spec = layers_[layer];
   LinearWeights weights{.name = spec.name, .out = spec.out, .in = spec.in};
-  if (spec.has_bias) {
-    NESTOR_ASSIGN_OR_RETURN(*scratch, tensors_->GetFloats(spec.name + ".bias", {spec.out}));
-  }
+  NESTOR_ASSIGN_OR_RETURN(*scratch, Bias(layer));
   if (!is_artifact_) {
-    const std::string name = spec.name + ".weight";
     if (dense_storage_ == DenseStorage::kBf16) {
-      NESTOR_ASSIGN_OR_RETURN(const TensorView dense,
-                              TypedTensor(*tensors_, name, DType::kBf16, {spec.out, spec.in}));
-      weights.dense_bf16 = Pointer<uint16_t>(dense);
-      if (spec.has_bias) weights.bias = scratch->data();
+      NESTOR_ASSIGN_OR_RETURN(
+          const TensorView dense,
+          TypedTensor(*tensors_, spec.source.name + ".weight", DType::kBf16, SourceShape(spec)));
+      weights.dense_bf16 = Pointer<uint16_t>(dense) + spec.source.first_output * spec.in;
     } else {
-      NESTOR_ASSIGN_OR_RETURN(const std::vector<float> dense,
-                              tensors_->GetFloats(name, {spec.out, spec.in}));
+      NESTOR_ASSIGN_OR_RETURN(const std::vector<float> dense, SourceWeight(layer));
       const size_t bias_size = scratch->size();
       scratch->insert(scratch->end(), dense.begin(), dense.end());
       weights.dense_f32 = scratch->data() + bias_size;
-      if (spec.has_bias) weights.bias = scratch->data();
     }
+    if (spec.has_bias) weights.bias = scratch->data();
     return weights;
   }
   if (spec.has_bias) weights.bias = scratch->data();

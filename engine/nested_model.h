@@ -62,9 +62,13 @@ class NestedModel {
   const nlohmann::json& description() const { return description_; }  // nested.json, or null
 
   // The stored parts of one layer, borrowed from the mapped file. A source checkpoint's weights
-  // come as bf16 where all its layers are stored so, else as fp32. `scratch` holds what had to be
-  // converted and must live as long as the result.
+  // come as bf16 where all its layers are stored so and none is transposed, else as fp32. `scratch`
+  // holds what had to be converted and must live as long as the result.
   absl::StatusOr<LinearWeights> Weights(size_t layer, std::vector<float>* scratch) const;
+  // The weight [out, in] of a layer, taken out of its source tensor. REQUIRES: !is_artifact().
+  absl::StatusOr<std::vector<float>> SourceWeight(size_t layer) const;
+  // The bias [out] of a layer; empty where it has none.
+  absl::StatusOr<std::vector<float>> Bias(size_t layer) const;
   const TensorFile& tensors() const { return *tensors_; }
 
   // Replaces the levels, checking that each profile fits the stored parts. For compression, which

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 from transformers.models.llama import modeling_llama
 from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
+from transformers.pytorch_utils import Conv1D
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests" / "data" / "transformers"
@@ -140,14 +141,18 @@ def write_json(path, value):
 
 def randomise(model, dtype, generator):
     """Weights that make every part of the model matter; all of them exact in `dtype`."""
+    modules = dict(model.named_modules())
     with torch.no_grad():
         for name, weight in model.named_parameters():
+            module = modules[name.rpartition(".")[0]]
             values = torch.randn(weight.shape, generator=generator)
-            if "norm" in name.lower() and name.endswith("weight"):
+            if "norm" in type(module).__name__.lower() and name.endswith("weight"):
                 values = 1 + 0.2 * values
             elif weight.dim() == 1:
                 values = 0.2 * values
-            elif "embed" not in name:
+            elif isinstance(module, Conv1D):  # stored [in, out]
+                values = values / math.sqrt(weight.shape[0])
+            elif not isinstance(module, torch.nn.Embedding):
                 values = values / math.sqrt(weight.shape[1])
             weight.copy_(values.to(dtype))
 
@@ -271,19 +276,17 @@ def character_word_pieces():
     }
 
 
-def write_causal(name, config, dtype, seed, sharded=False, config_style=5, vocabulary=None):
-    """`vocabulary`: the tokens whose logits are kept, where not all are."""
+def write_causal(
+    name, config, dtype, seed, sharded=False, config_style=5, vocabulary=None, alter=None
+):
+    """`vocabulary`: the tokens whose logits are kept, where not all are; `alter(config, tensors)`
+    changes what is stored, in place."""
     directory = DATA / name
     directory.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     randomise(model, dtype, generator)
     tensors = stored_tensors(model, dtype)
-    if sharded:
-        save_sharded(tensors, directory)
-    else:
-        save_file(tensors, directory / "model.safetensors", {"format": "pt"})
-
     stored = {
         **config.to_diff_dict(),
         "architectures": [type(model).__name__],
@@ -292,15 +295,19 @@ def write_causal(name, config, dtype, seed, sharded=False, config_style=5, vocab
     stored.pop("dtype", None)
     type_name = str(dtype).removeprefix("torch.")
     if config_style == 4:
-        rope = stored.pop("rope_parameters")
-        stored |= {
-            "rope_theta": rope.pop("rope_theta"),
-            "rope_scaling": None if rope["rope_type"] == "default" else rope,
-            "torch_dtype": type_name,
-            "transformers_version": "4.46.3",
-        }
+        rope = stored.pop("rope_parameters", None)
+        if rope is not None:
+            stored["rope_theta"] = rope.pop("rope_theta")
+            stored["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+        stored |= {"torch_dtype": type_name, "transformers_version": "4.46.3"}
     else:
         stored |= {"dtype": type_name}
+    if alter is not None:
+        alter(stored, tensors)
+    if sharded:
+        save_sharded(tensors, directory)
+    else:
+        save_file(tensors, directory / "model.safetensors", {"format": "pt"})
     write_json(directory / "config.json", stored)
     write_json(directory / "generation_config.json", {"eos_token_id": [258, 256]})
     write_json(directory / "tokenizer.json", byte_tokenizer())
@@ -427,6 +434,46 @@ def make_tiny_qwen3():
     """Heads that together are wider than the hidden state, as in the real ones; a free head."""
     config = transformers.Qwen3Config(**small_sizes(head_dim=16, tie_word_embeddings=False))
     write_causal("tiny_qwen3", config, torch.bfloat16, seed=9, vocabulary=SOME_TOKENS)
+
+
+def gpt2_config(**changes):
+    return transformers.GPT2Config(
+        **{
+            "vocab_size": 264,
+            "n_positions": 64,
+            "n_embd": 24,
+            "n_layer": 2,
+            "n_head": 3,
+            "layer_norm_epsilon": 1e-5,
+            "bos_token_id": 257,
+            "eos_token_id": 258,
+        }
+        | changes
+    )
+
+
+def make_tiny_gpt2():
+    write_causal(
+        "tiny_gpt2", gpt2_config(), torch.bfloat16, seed=10, config_style=4, vocabulary=SOME_TOKENS
+    )
+
+
+def make_tiny_gpt2_bare():
+    """As the first GPT-2 checkpoints are: no prefix, the causal mask stored, n_ctx; a free head."""
+
+    def alter(config, tensors):
+        config["n_ctx"] = config["n_positions"]
+        for name in list(tensors):
+            tensors[name.removeprefix("transformer.")] = tensors.pop(name)
+        positions = config["n_positions"]
+        mask = torch.ones(positions, positions).tril().bool()
+        for block in range(config["n_layer"]):
+            tensors[f"h.{block}.attn.bias"] = mask[None, None].clone()
+
+    config = gpt2_config(n_inner=44, tie_word_embeddings=False)
+    write_causal(
+        "tiny_gpt2_bare", config, torch.float16, seed=11, vocabulary=SOME_TOKENS, alter=alter
+    )
 
 
 def write_bert(name, config, dtype, pooling, seed):
@@ -559,6 +606,8 @@ FIXTURES = {
     "tiny_llama_linear_rope": make_tiny_llama_linear_rope,
     "tiny_qwen2": make_tiny_qwen2,
     "tiny_qwen3": make_tiny_qwen3,
+    "tiny_gpt2": make_tiny_gpt2,
+    "tiny_gpt2_bare": make_tiny_gpt2_bare,
     "tiny_bert": make_tiny_bert,
     "tiny_bert_cls": make_tiny_bert_cls,
     "smollm2-135m-instruct": make_smollm2,

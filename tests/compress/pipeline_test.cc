@@ -52,7 +52,7 @@ class PipelineTest : public testing::Test {
   void SetUp() override {
     ASSERT_TRUE(WriteTinyLlama(Path("llama")).ok());
     ASSERT_TRUE(WriteTinyBert(Path("bert")).ok());
-    for (const std::string name : {"tiny_qwen2", "tiny_qwen3"}) {
+    for (const std::string name : {"tiny_qwen2", "tiny_qwen3", "tiny_gpt2", "tiny_gpt2_bare"}) {
       fs::copy(NESTOR_SOURCE_DIR "/tests/data/transformers/" + name, Path(name));
     }
     ASSERT_TRUE(WriteFileAtomically(Path("text.txt"), RandomText(800, 1)).ok());
@@ -192,6 +192,7 @@ INSTANTIATE_TEST_SUITE_P(
         Case{"llama_int8_both", "llama", LadderChoice::kBoth, DenseStorage::kPlanes},
         Case{"llama_bf16_residual", "llama", LadderChoice::kResidual, DenseStorage::kBf16},
         Case{"qwen3_int8_both", "tiny_qwen3", LadderChoice::kBoth, DenseStorage::kPlanes},
+        Case{"gpt2_int8_both", "tiny_gpt2_bare", LadderChoice::kBoth, DenseStorage::kPlanes},
         Case{"bert_int8_both", "bert", LadderChoice::kBoth, DenseStorage::kPlanes},
         Case{"bert_bf16_prefix", "bert", LadderChoice::kPrefix, DenseStorage::kBf16}),
     [](const auto& info) { return info.param.name; });
@@ -215,7 +216,8 @@ TEST_P(ExactArtifactTest, TheFullLevelOfABf16ArtifactEqualsItsSource) {
   EXPECT_THAT(*actual, testing::Pointwise(testing::DoubleNear(1e-6), *expected));
 }
 
-INSTANTIATE_TEST_SUITE_P(Families, ExactArtifactTest, testing::Values("tiny_qwen2", "tiny_qwen3"),
+INSTANTIATE_TEST_SUITE_P(Families, ExactArtifactTest,
+                         testing::Values("tiny_qwen2", "tiny_qwen3", "tiny_gpt2"),
                          [](const auto& info) { return std::string(info.param); });
 
 // Mean squared distance of a level's embeddings of `text` from the full level's.

@@ -199,5 +199,88 @@ TEST_F(ModelSpecTest, AConfigThatIsNoJsonIsRefused) {
   EXPECT_THAT(std::string(ReadModelSpec(llama()).status().message()), HasSubstr("no valid JSON"));
 }
 
+class Gpt2SpecTest : public ::testing::Test {
+ protected:
+  absl::StatusOr<ModelSpec> Read(const std::function<void(Json*)>& change) const {
+    Json config = {{"architectures", {"GPT2LMHeadModel"}},
+                   {"n_layer", 2},
+                   {"n_embd", 24},
+                   {"n_head", 3},
+                   {"n_positions", 64},
+                   {"vocab_size", 100},
+                   {"layer_norm_epsilon", 1e-5},
+                   {"activation_function", "gelu_new"},
+                   {"eos_token_id", 99}};
+    change(&config);
+    EXPECT_TRUE(WriteFileAtomically(directory_.path() + "/config.json", config.dump()).ok());
+    return ReadModelSpec(directory_.path());
+  }
+  std::string Error(const std::function<void(Json*)>& change) const {
+    return std::string(Read(change).status().message());
+  }
+
+  const TemporaryDirectory directory_;
+};
+
+TEST_F(Gpt2SpecTest, ItsOwnKeysAreRead) {
+  const auto spec = Read([](Json*) {});
+  ASSERT_TRUE(spec.ok()) << spec.status();
+  EXPECT_EQ(spec->head_dim, 8);
+  EXPECT_EQ(spec->num_kv_heads, 3);
+  EXPECT_EQ(spec->mlp_size, 96);
+  EXPECT_EQ(spec->context_length, 64);
+  EXPECT_EQ(spec->activation, ActivationKind::kGeluTanh);
+  EXPECT_EQ(spec->rope_theta, 0);
+  EXPECT_TRUE(spec->tied_head);
+  EXPECT_THAT(spec->end_tokens, ElementsAre(99));
+  const auto old = Read([](Json* c) {
+    c->erase("n_positions");
+    c->erase("activation_function");
+    (*c)["n_ctx"] = 32;
+    (*c)["n_inner"] = 44;
+  });
+  ASSERT_TRUE(old.ok()) << old.status();
+  EXPECT_EQ(old->context_length, 32);
+  EXPECT_EQ(old->mlp_size, 44);
+  EXPECT_EQ(old->activation, ActivationKind::kGeluTanh);
+}
+
+TEST_F(Gpt2SpecTest, ItsLayersComeFromTransposedAndSharedTensors) {
+  const std::vector<LinearSpec> layers = LayersOf(*Read([](Json*) {}));
+  ASSERT_EQ(layers.size(), 2u * 6 + 1);
+  const LinearSpec& value = layers[8];
+  EXPECT_EQ(value.name, "h.1.attn.c_attn.value");
+  EXPECT_EQ(value.source.name, "h.1.attn.c_attn");
+  EXPECT_EQ(value.source.num_outputs, 72);
+  EXPECT_EQ(value.source.first_output, 48);
+  EXPECT_TRUE(value.source.is_transposed);
+  EXPECT_EQ(layers[10].source.name, "h.1.mlp.c_fc");
+  EXPECT_EQ(layers[10].source.num_outputs, 96);
+  EXPECT_EQ(layers[12].source.name, "wte");
+  EXPECT_FALSE(layers[12].source.is_transposed);
+}
+
+TEST_F(Gpt2SpecTest, VariantsThatChangeTheResultAreNotSupported) {
+  for (const auto& [key, value] :
+       {std::pair("scale_attn_weights", false), std::pair("scale_attn_by_inverse_layer_idx", true),
+        std::pair("add_cross_attention", true)}) {
+    const auto spec = Read([&](Json* c) { (*c)[key] = value; });
+    EXPECT_TRUE(absl::IsUnimplemented(spec.status())) << spec.status();
+    EXPECT_THAT(std::string(spec.status().message()),
+                AllOf(HasSubstr("config.json"), HasSubstr(key)));
+  }
+  EXPECT_TRUE(Read([](Json* c) { (*c)["reorder_and_upcast_attn"] = true; }).ok());
+}
+
+TEST_F(Gpt2SpecTest, BadValuesAreNamed) {
+  EXPECT_THAT(
+      Error([](Json* c) { (*c)["n_head"] = 5; }),
+      AllOf(HasSubstr("config.json: n_head"), HasSubstr("n_embd (24)"), HasSubstr("was 5")));
+  EXPECT_THAT(Error([](Json* c) { c->erase("n_positions"); }),
+              AllOf(HasSubstr("config.json: n_positions"), HasSubstr("absent")));
+  EXPECT_THAT(Error([](Json* c) { (*c)["activation_function"] = "relu"; }),
+              AllOf(HasSubstr("activation_function: \"relu\""), HasSubstr("gelu_new")));
+}
+
 }  // namespace
 }  // namespace nestor

@@ -118,7 +118,8 @@ INSTANTIATE_TEST_SUITE_P(
     Tiny, TinyFixtureTest,
     ::testing::Combine(::testing::Values("tiny_llama", "tiny_llama_tied", "tiny_llama3_rope",
                                          "tiny_llama_linear_rope", "tiny_qwen2", "tiny_qwen3",
-                                         "tiny_bert", "tiny_bert_cls"),
+                                         "tiny_gpt2", "tiny_gpt2_bare", "tiny_bert",
+                                         "tiny_bert_cls"),
                        ::testing::Bool()),
     [](const auto& test) {
       return std::get<0>(test.param) + (std::get<1>(test.param) ? "_reference" : "_cpu");
