@@ -30,6 +30,24 @@ GREEDY_TOKENS = 64
 PROMPT = "The history of the steam engine begins with"
 
 
+def as_gpt2_stores(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The artifact's layers as a GPT-2 checkpoint has them: fused, transposed, with a prefix."""
+    stored = {}
+    for name, tensor in state.items():
+        stem, _, part = name.rpartition(".")
+        if stem.endswith((".key", ".value")):
+            continue
+        if stem.endswith(".query"):
+            stem = stem.removesuffix(".query")
+            roles = ("query", "key", "value")
+            tensor = torch.cat([state[f"{stem}.{role}.{part}"] for role in roles])
+        if name.startswith("h.") and tensor.dim() == 2:
+            tensor = tensor.T
+        prefix = "" if stem == "lm_head" else "transformer."
+        stored[f"{prefix}{stem}.{part}"] = tensor
+    return stored
+
+
 def load_reference(artifact: Path) -> torch.nn.Module:
     """The artifact's dense weights as a transformers model in fp32."""
     state = {}
@@ -37,9 +55,11 @@ def load_reference(artifact: Path) -> torch.nn.Module:
         for name in file.keys():
             if name.endswith(".dense"):
                 state[name[: -len(".dense")] + ".weight"] = file.get_tensor(name).float()
-            elif name.endswith("norm.weight") or name.endswith("embed_tokens.weight"):
+            elif name.endswith((".weight", ".bias")):
                 state[name] = file.get_tensor(name).float()
     config = AutoConfig.from_pretrained(artifact)
+    if config.model_type == "gpt2":
+        state = as_gpt2_stores(state)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     missing, unexpected = model.load_state_dict(state, strict=False)
     missing = [name for name in missing if not (config.tie_word_embeddings and "lm_head" in name)]
