@@ -22,10 +22,11 @@ int64_t RoundUp(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-// More tasks than threads where there is enough work, since other programs may slow a core down.
+// More tasks than threads where there is enough work, since other programs may slow a core down,
+// and as many for each: a task more for one of them is what the others wait for.
 int64_t NumTasks(int64_t items, int64_t bytes, int num_threads) {
-  return std::clamp<int64_t>(bytes / kBytesPerTask, std::min<int64_t>(items, num_threads),
-                             std::min<int64_t>(items, 8 * num_threads));
+  return std::min(
+      items, RoundUp(std::clamp<int64_t>(bytes / kBytesPerTask, 1, 8 * num_threads), num_threads));
 }
 
 }  // namespace
