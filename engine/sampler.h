@@ -24,7 +24,8 @@ struct SamplingOptions {
 absl::Status Validate(const SamplingOptions& options);
 
 // Draws the tokens of one sequence. Same options, same logits: same tokens, whoever shares the
-// batch. Not thread-safe.
+// batch, since the randomness of a draw hangs on the seed and the token's index alone
+// (GumbelNoise). Not thread-safe.
 class Sampler {
  public:
   explicit Sampler(const SamplingOptions& options);
@@ -32,18 +33,28 @@ class Sampler {
   void AddContext(std::span<const int32_t> tokens);
   // The next token from `logits` [vocabulary]; it becomes part of the context.
   int32_t Sample(std::span<const float> logits);
+  // What Sample would draw from `logits` once it had drawn `ahead`. Nothing becomes of it: a draft.
+  int32_t Peek(std::span<const float> logits, std::span<const int32_t> ahead);
 
  private:
-  int32_t Draw(std::span<const float> logits);
+  // The logits with the repetition penalty of the context and `ahead`.
+  std::span<const float> Penalise(std::span<const float> logits, std::span<const int32_t> ahead);
+  int32_t Draw(std::span<const float> logits, uint64_t index);
+  // Sets candidates_ to the top_k likeliest.
+  void KeepTopK(std::span<const float> logits, float highest);
+  // Sets candidates_ to the likeliest that reach top_p together: of all, or of those that KeepTopK
+  // left (`is_limited`).
+  void KeepTopP(std::span<const float> logits, float highest, bool is_limited);
+  // Sets candidates_ to those within `reach` of the highest logit. True where these are all.
+  bool Gather(std::span<const float> logits, float highest, double reach);
 
   const SamplingOptions options_;
-  uint64_t state_;
+  uint64_t num_sampled_ = 0;
   std::vector<int32_t> context_;  // each token once
   std::unordered_set<int32_t> is_in_context_;
   // Scratch, kept between calls.
   std::vector<float> penalised_;
   std::vector<std::pair<float, int32_t>> candidates_;
-  std::vector<double> weights_;
 };
 
 // Watches generated text for stop strings.
