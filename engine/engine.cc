@@ -56,6 +56,12 @@ absl::Status NonFiniteError() {
   return absl::InternalError("the activations of this sequence are not finite");
 }
 
+// Rows of logits that an entry wants back.
+size_t NumLogits(const StepEntry& entry) {
+  if (entry.output == StepEntry::Output::kAllLogits) return entry.tokens.size();
+  return entry.output == StepEntry::Output::kLastLogits ? 1 : 0;
+}
+
 // Rows whose outputs a step must deliver.
 struct OutputRow {
   int64_t row = 0;
@@ -92,6 +98,7 @@ class TransformerEngine final : public Engine {
   absl::StatusOr<SequenceId> AddSequence(int64_t max_length) override;
   void RemoveSequence(SequenceId sequence) override;
   int64_t LengthOf(SequenceId sequence) const override;
+  void Truncate(SequenceId sequence, int64_t length) override;
   absl::StatusOr<StepResult> Step(const StepPlan& plan) override;
 
  private:
@@ -203,6 +210,13 @@ int64_t TransformerEngine::LengthOf(SequenceId sequence) const {
   return found->second.length;
 }
 
+void TransformerEngine::Truncate(SequenceId sequence, int64_t length) {
+  const auto found = sequences_.find(sequence);
+  NESTOR_CHECK(found != sequences_.end());
+  NESTOR_CHECK(length >= 0 && length <= found->second.length);
+  found->second.length = length;
+}
+
 absl::Status TransformerEngine::ValidateEntry(const StepEntry& entry) const {
   const auto found = sequences_.find(entry.sequence);
   if (found == sequences_.end()) {
@@ -303,9 +317,11 @@ void TransformerEngine::LayOutRows(const StepPlan& plan) {
     if (entry.output == StepEntry::Output::kLastLogits) {
       outputs_.push_back({begin + count - 1, entry.level, index, entry.tokens.size() - 1});
     }
-    if (entry.output == StepEntry::Output::kLogProbabilities) {
+    if (entry.output == StepEntry::Output::kAllLogits ||
+        entry.output == StepEntry::Output::kLogProbabilities) {
+      const bool is_scored = entry.output == StepEntry::Output::kLogProbabilities;
       for (size_t i = 0; i < entry.tokens.size(); ++i) {
-        if (entry.targets[i] < 0) continue;
+        if (is_scored && entry.targets[i] < 0) continue;
         outputs_.push_back({begin + static_cast<int64_t>(i), entry.level, index, i});
       }
     }
@@ -317,7 +333,7 @@ void TransformerEngine::DeliverLogits(const StepPlan& plan, StepResult* result) 
   size_t num_logits = 0;
   size_t num_scored = 0;
   for (const StepEntry& entry : plan.entries) {
-    if (entry.output == StepEntry::Output::kLastLogits) ++num_logits;
+    num_logits += NumLogits(entry);
     if (entry.output == StepEntry::Output::kLogProbabilities) num_scored += entry.tokens.size();
   }
   values_.resize(num_logits * vocabulary);
@@ -326,14 +342,15 @@ void TransformerEngine::DeliverLogits(const StepPlan& plan, StepResult* result) 
   num_logits = 0;
   num_scored = 0;
   for (size_t i = 0; i < plan.entries.size(); ++i) {
-    if (plan.entries[i].output == StepEntry::Output::kLastLogits) {
-      result->entries[i].values = std::span(values_).subspan(num_logits++ * vocabulary, vocabulary);
-    }
+    const size_t count = NumLogits(plan.entries[i]);
+    result->entries[i].values =
+        std::span(values_).subspan(num_logits * vocabulary, count * vocabulary);
+    num_logits += count;
     if (plan.entries[i].output == StepEntry::Output::kLogProbabilities) {
-      const size_t count = plan.entries[i].tokens.size();
+      const size_t scored = plan.entries[i].tokens.size();
       result->entries[i].log_probabilities =
-          std::span(log_probabilities_).subspan(num_scored, count);
-      num_scored += count;
+          std::span(log_probabilities_).subspan(num_scored, scored);
+      num_scored += scored;
     }
   }
   for (size_t begin = 0; begin < outputs_.size(); begin += kMaxOutputRows) {
@@ -364,11 +381,15 @@ void TransformerEngine::DeliverChunk(const StepPlan& plan, std::span<const Outpu
       entry.status = NonFiniteError();
       continue;
     }
+    const StepEntry& planned = plan.entries[rows[i].entry];
     if (!entry.values.empty()) {
+      const size_t row =
+          planned.output == StepEntry::Output::kAllLogits ? rows[i].token : size_t{0};
       std::copy(logits.begin(), logits.end(),
-                values_.begin() + (entry.values.data() - values_.data()));
+                values_.begin() + (entry.values.data() - values_.data()) +
+                    static_cast<std::ptrdiff_t>(row * vocabulary));
     } else {
-      const int32_t target = plan.entries[rows[i].entry].targets[rows[i].token];
+      const int32_t target = planned.targets[rows[i].token];
       const size_t offset =
           static_cast<size_t>(entry.log_probabilities.data() - log_probabilities_.data());
       log_probabilities_[offset + rows[i].token] =

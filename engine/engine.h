@@ -23,6 +23,7 @@ struct StepEntry {
   enum class Output : uint8_t {
     kNone,              // a prompt chunk that is not the last
     kLastLogits,        // logits after the last token: sample from them
+    kAllLogits,         // logits after every token: verify a draft
     kLogProbabilities,  // of `targets` after each token (Score)
     kEmbedding,         // encoders: the pooled rows
   };
@@ -43,7 +44,8 @@ struct StepPlan {
 struct StepResult {
   struct Entry {
     int executed_level = 0;
-    std::span<const float> values;              // logits [vocabulary], or the embedding [hidden]
+    // Logits [vocabulary], kAllLogits [tokens, vocabulary], or the embedding [hidden].
+    std::span<const float> values;
     std::span<const double> log_probabilities;  // [tokens]; 0 where unscored
     absl::Status status;  // not OK: this sequence failed (non-finite activations); others go on
   };
@@ -99,6 +101,9 @@ class Engine {
   virtual void RemoveSequence(SequenceId sequence) = 0;
   // Positions processed so far.
   virtual int64_t LengthOf(SequenceId sequence) const = 0;
+  // Forgets the positions from `length` on; their pages stay reserved, and later steps overwrite
+  // them. REQUIRES: the sequence exists, and has processed at least `length` positions.
+  virtual void Truncate(SequenceId sequence, int64_t length) = 0;
   virtual int64_t free_pages() const = 0;
   virtual int64_t num_pages() const = 0;
 

@@ -142,6 +142,47 @@ TEST_F(EngineTest, LogProbabilitiesFollowFromTheLogits) {
   }
 }
 
+TEST_F(EngineTest, AllLogitsAreThoseAfterEveryToken) {
+  const auto engine = MakeEngine(directory_.path(), MakeReferenceBackend());
+  const std::vector<int32_t> tokens = RandomTokens(70, 9);  // more than are delivered at once
+  const std::vector<int32_t> other = RandomTokens(4, 10);
+  const SequenceId first = *engine->AddSequence(70);
+  const SequenceId second = *engine->AddSequence(4);
+  const auto result =
+      engine->Step({{{.sequence = first, .tokens = tokens, .output = Output::kAllLogits},
+                     {.sequence = second, .tokens = other, .output = Output::kLastLogits}}});
+  ASSERT_TRUE(result.ok()) << result.status();
+  ASSERT_EQ(result->entries[0].values.size(), 70u * kVocabulary);
+  const std::vector<float> all(result->entries[0].values.begin(), result->entries[0].values.end());
+  const std::vector<float> last(result->entries[1].values.begin(), result->entries[1].values.end());
+  EXPECT_LT(MaxDifference(last, LogitsAfter(engine.get(), other, 4)), 1e-5);
+  for (const size_t length : {1, 33, 65, 70}) {
+    EXPECT_LT(MaxDifference(std::span(all).subspan((length - 1) * kVocabulary, kVocabulary),
+                            LogitsAfter(engine.get(), std::span(tokens).first(length), length)),
+              1e-5);
+  }
+}
+
+TEST_F(EngineTest, ATruncatedSequenceGoesOnAsIfTheRestHadNeverRun) {
+  const auto engine = MakeEngine(directory_.path(), CpuBackend());
+  const std::vector<int32_t> tokens = RandomTokens(12, 11);
+  const std::vector<int32_t> wrong = RandomTokens(5, 12);
+  const SequenceId sequence = *engine->AddSequence(12);
+  const std::span<const int32_t> all(tokens);
+  const int64_t free_pages = engine->free_pages();
+  ASSERT_TRUE(engine->Step({{{.sequence = sequence, .tokens = all.first(7)}}}).ok());
+  ASSERT_TRUE(engine->Step({{{.sequence = sequence, .tokens = wrong}}}).ok());
+  engine->Truncate(sequence, 7);
+  EXPECT_EQ(engine->LengthOf(sequence), 7);
+  EXPECT_EQ(engine->free_pages(), free_pages);
+  const auto result = engine->Step(
+      {{{.sequence = sequence, .tokens = all.subspan(7), .output = Output::kLastLogits}}});
+  ASSERT_TRUE(result.ok()) << result.status();
+  const std::vector<float> logits(result->entries[0].values.begin(),
+                                  result->entries[0].values.end());
+  EXPECT_EQ(logits, LogitsAfter(engine.get(), tokens, 12));
+}
+
 TEST_F(EngineTest, PagesAreReservedAndComeBack) {
   const auto engine = MakeEngine(directory_.path(), MakeReferenceBackend(),
                                  {.kv_cache_bytes = 1 << 16, .page_size = 8});

@@ -94,12 +94,7 @@ int64_t FakeEngineControl::free_pages() const {
   return free_pages_;
 }
 
-void FakeEngineControl::Begin(const StepPlan& plan) {
-  RecordedStep step;
-  for (const StepEntry& entry : plan.entries) {
-    step.push_back(
-        {entry.sequence, static_cast<int64_t>(entry.tokens.size()), entry.level, entry.output});
-  }
+void FakeEngineControl::Begin(RecordedStep step) {
   MutexLock lock(&mutex_);
   steps_.push_back(std::move(step));
   const int64_t turn = static_cast<int64_t>(steps_.size());
@@ -165,11 +160,26 @@ void FakeEngine::RemoveSequence(SequenceId sequence) {
 
 int64_t FakeEngine::LengthOf(SequenceId sequence) const { return sequences_.at(sequence).length; }
 
+void FakeEngine::Truncate(SequenceId sequence, int64_t length) {
+  Sequence& truncated = sequences_.at(sequence);
+  NESTOR_CHECK(length >= 0 && length <= truncated.length);
+  truncated.length = length;
+}
+
+int32_t FakeEngine::NextToken(int32_t token, int level) const {
+  const bool errs = options_.low_levels_err_at > 0 && level < options_.num_levels - 1 &&
+                    token % options_.low_levels_err_at == 0;
+  return (token + (errs ? 2 : 1)) % kVocabulary;
+}
+
 absl::StatusOr<StepResult> FakeEngine::Step(const StepPlan& plan) {
   if (plan.entries.empty()) return absl::InvalidArgumentError("empty plan");
   int64_t rows = 0;
+  FakeEngineControl::RecordedStep recorded;
   for (const StepEntry& entry : plan.entries) {
     Sequence& sequence = sequences_.at(entry.sequence);
+    recorded.push_back({entry.sequence, sequence.length, static_cast<int64_t>(entry.tokens.size()),
+                        entry.level, entry.output});
     sequence.length += static_cast<int64_t>(entry.tokens.size());
     rows += static_cast<int64_t>(entry.tokens.size());
     if (sequence.length > sequence.max_length) return absl::InvalidArgumentError("outgrown");
@@ -178,7 +188,7 @@ absl::StatusOr<StepResult> FakeEngine::Step(const StepPlan& plan) {
     }
   }
   if (rows > options_.engine.max_step_rows) return absl::InvalidArgumentError("too many rows");
-  control_->Begin(plan);
+  control_->Begin(std::move(recorded));
 
   // Poisoned, so that nothing of an earlier step is ever read.
   for (Output& output : outputs_) output.values.assign(output.values.size(), NAN);
@@ -192,9 +202,15 @@ absl::StatusOr<StepResult> FakeEngine::Step(const StepPlan& plan) {
     for (const int32_t token : entry.tokens) {
       if (control_->Fails(token)) ran.status = absl::InternalError("non-finite activations");
     }
-    if (entry.output == StepEntry::Output::kLastLogits) {
-      output.values.assign(kVocabulary, 0);
-      output.values[(entry.tokens.back() + 1) % kVocabulary] = 1;
+    if (entry.output == StepEntry::Output::kLastLogits ||
+        entry.output == StepEntry::Output::kAllLogits) {
+      const std::span<const int32_t> tokens =
+          entry.output == StepEntry::Output::kAllLogits ? entry.tokens : entry.tokens.last(1);
+      output.values.assign(tokens.size() * kVocabulary, 0);
+      for (size_t t = 0; t < tokens.size(); ++t) {
+        const int32_t next = NextToken(tokens[t], entry.level);
+        output.values[t * kVocabulary + static_cast<size_t>(next)] = 1;
+      }
       ran.values = output.values;
     } else if (entry.output == StepEntry::Output::kEmbedding) {
       output.values = {static_cast<float>(entry.level), static_cast<float>(entry.tokens.size()),

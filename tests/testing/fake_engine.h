@@ -20,6 +20,7 @@ class FakeEngineControl {
  public:
   struct RecordedEntry {
     SequenceId sequence = 0;
+    int64_t position = 0;  // of the first row
     int64_t rows = 0;
     int level = 0;
     StepEntry::Output output = StepEntry::Output::kNone;
@@ -40,7 +41,7 @@ class FakeEngineControl {
  private:
   friend class FakeEngine;
   // Records the step and waits for its turn.
-  void Begin(const StepPlan& plan);
+  void Begin(RecordedStep step);
   bool Fails(int32_t token) const;
   void SetFreePages(int64_t count);
 
@@ -58,6 +59,8 @@ struct FakeEngineOptions {
   int64_t max_sequence_length = 256;
   int num_levels = 3;
   bool is_encoder = false;
+  // Below the last level, t + 2 comes after a token t that it divides; 0: every level agrees.
+  int32_t low_levels_err_at = 0;
 };
 
 // An engine without a model. After token t comes t + 1 (in the vocabulary of its tokenizer, bytes
@@ -77,6 +80,7 @@ class FakeEngine : public Engine {
   absl::StatusOr<SequenceId> AddSequence(int64_t max_length) override;
   void RemoveSequence(SequenceId sequence) override;
   int64_t LengthOf(SequenceId sequence) const override;
+  void Truncate(SequenceId sequence, int64_t length) override;
   int64_t free_pages() const override { return free_pages_; }
   int64_t num_pages() const override { return options_.num_pages; }
   absl::StatusOr<StepResult> Step(const StepPlan& plan) override;
@@ -96,6 +100,8 @@ class FakeEngine : public Engine {
     std::vector<double> log_probabilities;
   };
   int64_t PagesFor(int64_t length) const;
+  // The token that comes after `token` at `level`.
+  int32_t NextToken(int32_t token, int level) const;
   void SetFreePages(int64_t count);
 
   const FakeEngineOptions options_;
