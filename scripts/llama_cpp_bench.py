@@ -3,11 +3,13 @@
 
     llama_cpp_bench.py quantize SOURCE.gguf OUT.gguf --type q8_0|bf16
     llama_cpp_bench.py measure MODEL.gguf [--threads N]
-    llama_cpp_bench.py compare MODEL.gguf ARTIFACT --bench build/bin/nestor [--threads N]
+    llama_cpp_bench.py compare --bench build/bin/nestor --peer TYPE=MODEL.gguf ... \\
+        --artifact DIR ... [--threads 1,2]
 
 `measure` prints one JSON object: decode and prefill in tokens per second for every setting.
-`compare` runs it alternately with `nestor bench`, each in a process of its own, and prints the best
-setting of llama.cpp against every level: medians of the rounds.
+`compare` runs it on every peer's file alternately with `nestor bench` on every artifact, each in a
+process of its own, and prints every level against the best setting of each type: medians of the
+rounds.
 """
 
 import argparse
@@ -130,91 +132,126 @@ def run_json(command):
     return json.loads(process.stdout)
 
 
+def own_command(options, artifact, threads):
+    command = [str(options.bench), "bench", str(artifact), "--threads", str(threads), "--json"]
+    command += ["--rows", "1", "--rounds", "1", "--prompt-tokens", str(PROMPT)]
+    return command + ["--context", str(CONTEXT), "--tokens", str(DECODED)]
+
+
+def peer_command(model, threads):
+    return [sys.executable, __file__, "measure", str(model), "--threads", str(threads)]
+
+
 def run_rounds(options):
-    """Per round, in turns: what llama.cpp and what Nestor measured."""
-    threads = str(options.threads)
-    peer_command = [sys.executable, __file__, "measure", str(options.model), "--threads", threads]
-    own_command = [
-        str(options.bench),
-        "bench",
-        str(options.artifact),
-        "--threads",
-        threads,
-        "--json",
-        "--rows",
-        "1",
-        "--rounds",
-        "1",
-        "--prompt-tokens",
-        str(PROMPT),
-        "--context",
-        str(CONTEXT),
-        "--tokens",
-        str(DECODED),
-    ]
-    peers, own = [], []
+    """What llama.cpp measured, by (threads, type), and Nestor, by (threads, artifact): a list with
+    one report for each round. All of them take turns within a round."""
+    peers, own = {}, {}
     for index in range(options.rounds):
         print(f"round {index + 1} of {options.rounds}", file=sys.stderr, flush=True)
-        peers.append(run_json(peer_command))
-        own.append(run_json(own_command))
+        for threads in options.threads:
+            for kind, model in options.peer:
+                report = run_json(peer_command(model, threads))
+                peers.setdefault((threads, kind), []).append(report)
+            for artifact in options.artifact:
+                report = run_json(own_command(options, artifact, threads))
+                own.setdefault((threads, artifact), []).append(report)
     return peers, own
 
 
-def best_setting(peers, what):
+def best_setting(reports, what):
     """The setting whose median over the rounds is the highest, and that median."""
     medians = [
-        statistics.median(peer["settings"][index][what] for peer in peers)
+        statistics.median(report["settings"][index][what] for report in reports)
         for index in range(len(SETTINGS))
     ]
     best = max(range(len(SETTINGS)), key=medians.__getitem__)
     return SETTINGS[best], medians[best]
 
 
-def own_medians(own, what):
+def own_medians(reports, what):
     """Level -> median tokens per second."""
     by_level = {}
-    for report in own:
+    for report in reports:
         for row in report[what]:
             by_level.setdefault(row["level"], []).append(row["tokens_per_second"])
     return {level: statistics.median(values) for level, values in by_level.items()}
 
 
 def compare(options):
-    levels = json.loads((options.artifact / "nested.json").read_text(encoding="utf-8"))["levels"]
     peers, own = run_rounds(options)
-    print(
-        f"{own[0]['cpu']}, {options.threads} threads, "
-        f"{options.rounds} rounds in turns, medians; reads "
-        f"{statistics.median(report['read_gbps'] for report in own):.1f} GB/s"
-    )
-    print(
-        f"llama-cpp-python {peers[0]['version']}, {options.model.name}: "
-        f"{peers[0]['system'].strip()}"
-    )
-    for what in ("decode", "prefill"):
-        setting, peer = best_setting(peers, what)
-        print(
-            f"\n{what}: llama.cpp {peer:.1f} tokens/s with flash attention "
-            f"{'on' if setting['flash_attention'] else 'off'}, micro-batch {setting['micro_batch']}"
-        )
-        print_levels(own_medians(own, what), peer, levels)
+    first_peer = next(iter(peers.values()))[0]
+    print(f"{next(iter(own.values()))[0]['cpu']}, {options.rounds} rounds in turns, medians")
+    print(f"llama-cpp-python {first_peer['version']}: {first_peer['system'].strip()}")
+    for kind, model in options.peer:
+        print(f"  {kind}: {model.name}, {model.stat().st_size / 1e6:.1f} MB")
+    for threads in options.threads:
+        reads = [
+            report["read_gbps"]
+            for artifact in options.artifact
+            for report in own[threads, artifact]
+        ]
+        plural = "s" if threads > 1 else ""
+        print(f"\n== {threads} thread{plural}; reads {statistics.median(reads):.1f} GB/s")
+        for what in ("decode", f"prefill of {PROMPT}"):
+            print_comparison(options, peers, own, threads, what)
     print(
         "\nspeed x cost: 1.00 is a level as much faster than the full one as it reads fewer bytes"
     )
 
 
-def print_levels(speeds, peer, levels):
-    full = speeds[len(levels) - 1]
+def print_comparison(options, peers, own, threads, title):
+    what = title.split()[0]
+    speeds = {}
+    print(f"\n{title}: llama.cpp")
+    for kind, _ in options.peer:
+        setting, speeds[kind] = best_setting(peers[threads, kind], what)
+        print(
+            f"  {kind:<5} {speeds[kind]:>8.1f} tokens/s with flash attention "
+            f"{'on' if setting['flash_attention'] else 'off'}, micro-batch {setting['micro_batch']}"
+        )
+    for artifact in options.artifact:
+        description = json.loads((artifact / "nested.json").read_text(encoding="utf-8"))
+        print(f"{title}: {artifact.name} ({description['dtype']})")
+        medians = own_medians(own[threads, artifact], what)
+        print_levels(medians, speeds, description["levels"])
+
+
+def print_levels(own_speeds, peer_speeds, levels):
+    full = own_speeds[len(levels) - 1]
+    peers = {f"of {kind}": speed for kind, speed in peer_speeds.items()}
+    if len(peers) > 1:
+        peers["of the best"] = max(peer_speeds.values())
     print(
-        f"{'level':>5} {'relative cost':>13} {'tokens/s':>9} {'of llama.cpp':>12} "
-        f"{'of full level':>13} {'speed x cost':>12}"
+        f"{'level':>5} {'relative cost':>13} {'tokens/s':>9} "
+        + "".join(f"{name:>12} " for name in peers)
+        + f"{'of full level':>13} {'speed x cost':>12}"
     )
-    for level, speed in sorted(speeds.items()):
+    for level, speed in sorted(own_speeds.items()):
         cost = levels[level]["relative_cost"]
         print(
-            f"{level:>5} {cost:>13.3f} {speed:>9.1f} {speed / peer:>12.2f} "
-            f"{speed / full:>13.2f} {speed / full * cost:>12.2f}"
+            f"{level:>5} {cost:>13.3f} {speed:>9.1f} "
+            + "".join(f"{speed / peer:>12.2f} " for peer in peers.values())
+            + f"{speed / full:>13.2f} {speed / full * cost:>12.2f}"
         )
+
+
+def peer_file(text):
+    kind, _, path = text.partition("=")
+    if not kind or not pathlib.Path(path).is_file():
+        raise argparse.ArgumentTypeError(f"expected TYPE=FILE.gguf; was {text}")
+    return kind, pathlib.Path(path)
+
+
+def thread_counts(text):
+    try:
+        counts = [int(entry) for entry in text.split(",")]
+    except ValueError:
+        counts = [0]
+    if min(counts) < 1:
+        raise argparse.ArgumentTypeError(
+            f"expected positive integers with commas between them; was {text}"
+        )
+    return counts
 
 
 def main():
@@ -225,15 +262,17 @@ def main():
     command.add_argument("out", type=pathlib.Path)
     command.add_argument("--type", choices=["q8_0", "bf16"], required=True)
     command.set_defaults(run=quantize)
-    for name, function in (("measure", measure), ("compare", compare)):
-        command = commands.add_parser(name)
-        command.add_argument("model", type=pathlib.Path)
-        if name == "compare":
-            command.add_argument("artifact", type=pathlib.Path)
-            command.add_argument("--bench", type=pathlib.Path, required=True)
-            command.add_argument("--rounds", type=int, default=5)
-        command.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-        command.set_defaults(run=function)
+    command = commands.add_parser("measure")
+    command.add_argument("model", type=pathlib.Path)
+    command.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    command.set_defaults(run=measure)
+    command = commands.add_parser("compare")
+    command.add_argument("--bench", type=pathlib.Path, required=True)
+    command.add_argument("--peer", type=peer_file, action="append", required=True)
+    command.add_argument("--artifact", type=pathlib.Path, action="append", required=True)
+    command.add_argument("--rounds", type=int, default=5)
+    command.add_argument("--threads", type=thread_counts, default=[len(os.sched_getaffinity(0))])
+    command.set_defaults(run=compare)
     options = parser.parse_args()
     options.run(options)
 
