@@ -15,9 +15,9 @@ Usage: scripts/compare_llama_cpp.sh [--types LIST] [--artifact DIR ...] [--venv 
   --venv DIR      a virtual environment with llama-cpp-python (default: .cache/llama-cpp, built in
                   about five minutes of two cores)
 
-Further flags: --threads N or a list such as 1,2 (default: all), --rounds N. Of llama.cpp, the best of
-flash attention on and off and of three sizes of micro-batch counts, for each type.
-Run ./quickstart.sh before, and nothing else meanwhile. A bf16 artifact for the comparison with bf16:
+Further flags: --threads N or a list such as 1,2 (default: all), --rounds N. Of llama.cpp, the best
+of flash attention on and off and of three sizes of micro-batch counts, for each type.
+Run ./quickstart.sh before, and nothing else meanwhile. A bf16 artifact to compare with bf16:
   build/bin/nestor compress models/smollm2-135m-instruct models/smollm2-135m-instruct.bf16.nested \
       --dtype bf16 --levels 1 --calibration models/calibration.txt
 Example: scripts/compare_llama_cpp.sh --threads 1,2 --rounds 5
