@@ -23,7 +23,7 @@
 namespace nestor {
 namespace {
 
-constexpr int64_t kTextsInBatch = 32;
+constexpr size_t kRandomTexts = 32;    // of an encoder, unless a batch is larger
 constexpr int64_t kMaxStepRows = 512;  // as in the daemon's default configuration
 constexpr int kMaxRows = 512;
 
@@ -33,6 +33,8 @@ struct BenchFlags {
   std::optional<std::string> levels;
   std::string rows = "1,4,16";
   std::optional<int64_t> prompt_tokens;
+  std::optional<std::string> texts;
+  std::string batch = "32";
   int64_t context = 16;
   int64_t tokens = 64;
   int64_t rounds = 5;
@@ -44,6 +46,7 @@ struct BenchPlan {
   int threads = 1;
   std::vector<int> levels;
   std::vector<int> rows;
+  std::vector<int> batches;
   int64_t prompt_tokens = 0;
   int64_t context = 0;
   int64_t tokens = 0;
@@ -58,6 +61,13 @@ struct DecodeRow {
 
 struct PromptRow {
   int level = 0;
+  Measurement measured;
+};
+
+// An encoder's texts, `batch` at a time.
+struct EmbedRow {
+  int level = 0;
+  int batch = 0;
   Measurement measured;
 };
 
@@ -76,7 +86,8 @@ struct BenchReport {
   BenchPlan plan;
   std::vector<DecodeRow> decode;
   std::vector<PromptRow> prefill;
-  std::vector<PromptRow> embed;
+  size_t num_texts = 0;
+  std::vector<EmbedRow> embed;
   std::vector<MixedRow> mixed;
 };
 
@@ -88,6 +99,9 @@ void Declare(Flags* flags, BenchFlags* values) {
   flags->Add("rows", &values->rows, "sequences that decode together");
   flags->Add("prompt-tokens", &values->prompt_tokens,
              "tokens of a prompt (default: 512), or of an encoder's sentence (default: 16)");
+  flags->Add("texts", &values->texts,
+             "sentences for an encoder, one a line, instead of random ones");
+  flags->Add("batch", &values->batch, "sentences that an encoder takes together");
   flags->Add("context", &values->context, "tokens before the first decoded one");
   flags->Add("tokens", &values->tokens, "tokens decoded by each sequence");
   flags->Add("rounds", &values->rounds, "measurements of each figure; the median counts");
@@ -106,6 +120,7 @@ absl::StatusOr<BenchPlan> MakePlan(const BenchFlags& flags, const NestedModel& m
       .threads = flags.threads == 0 ? AvailableCpus() : static_cast<int>(flags.threads),
       .levels = {},
       .rows = {},
+      .batches = {},
       .prompt_tokens =
           flags.prompt_tokens.value_or(std::min<int64_t>(is_encoder ? 16 : 512, context_length)),
       .context = flags.context,
@@ -129,6 +144,10 @@ absl::StatusOr<BenchPlan> MakePlan(const BenchFlags& flags, const NestedModel& m
     std::iota(plan.levels.begin(), plan.levels.end(), 0);
   }
   NESTOR_ASSIGN_OR_RETURN(plan.rows, ParseIntegers("rows", flags.rows, 1, kMaxRows));
+  NESTOR_ASSIGN_OR_RETURN(plan.batches, ParseIntegers("batch", flags.batch, 1, kMaxRows));
+  if (flags.texts && !is_encoder) {
+    return UsageError(absl::StrCat("--texts: ", model.directory(), " is no encoder"));
+  }
   return plan;
 }
 
@@ -137,7 +156,8 @@ absl::StatusOr<BenchPlan> MakePlan(const BenchFlags& flags, const NestedModel& m
 EngineOptions OptionsFor(const BenchPlan& plan, const ModelSpec& spec) {
   EngineOptions options = {.max_step_rows = kMaxStepRows};
   options.max_sequences =
-      std::max<int64_t>({kTextsInBatch, static_cast<int64_t>(plan.levels.size()) * 4,
+      std::max<int64_t>({*std::max_element(plan.batches.begin(), plan.batches.end()),
+                         static_cast<int64_t>(plan.levels.size()) * 4,
                          *std::max_element(plan.rows.begin(), plan.rows.end())});
   const int64_t length = std::max(plan.prompt_tokens, plan.context + plan.tokens);
   const int64_t positions = options.max_sequences * (length + options.page_size);
@@ -191,13 +211,48 @@ void AddDecoderJobs(const BenchPlan& plan, EngineTimer* timer, BenchReport* repo
   }
 }
 
-void AddEncoderJobs(const BenchPlan& plan, EngineTimer* timer, BenchReport* report,
-                    std::vector<Job>* jobs, std::vector<Measurement*>* results) {
-  report->embed.reserve(plan.levels.size());
-  for (const int level : plan.levels) {
-    report->embed.push_back({.level = level, .measured = {}});
-    results->push_back(&report->embed.back().measured);
-    jobs->push_back([=] { return timer->Embed(level, kTextsInBatch, plan.prompt_tokens); });
+using Texts = std::vector<std::vector<int32_t>>;
+
+// The lines of a file as the daemon tokenises them.
+absl::StatusOr<Texts> ReadTexts(const std::string& path, const Engine& engine) {
+  NESTOR_ASSIGN_OR_RETURN(const std::string content, ReadFileOrStdin(path));
+  NESTOR_RETURN_IF_ERROR(CheckUtf8(path, content));
+  const std::vector<std::string> lines = NonEmptyLines(content);
+  if (lines.empty()) return absl::InvalidArgumentError(absl::StrCat(path, ": has no line of text"));
+  Texts texts;
+  for (const std::string& line : lines) {
+    NESTOR_ASSIGN_OR_RETURN(std::vector<int32_t> tokens,
+                            engine.tokenizer().Encode(line, /*adds_special_tokens=*/true));
+    if (static_cast<int64_t>(tokens.size()) > engine.max_sequence_length()) {
+      return absl::InvalidArgumentError(absl::StrCat(path, ": text ", texts.size() + 1, " has ",
+                                                     tokens.size(), " tokens; the model takes ",
+                                                     engine.max_sequence_length()));
+    }
+    texts.push_back(std::move(tokens));
+  }
+  return texts;
+}
+
+Texts RandomTexts(const BenchPlan& plan, EngineTimer* timer) {
+  const auto largest_batch =
+      static_cast<size_t>(*std::max_element(plan.batches.begin(), plan.batches.end()));
+  Texts texts(std::max(kRandomTexts, largest_batch));
+  for (std::vector<int32_t>& text : texts) text = timer->RandomTokens(plan.prompt_tokens);
+  return texts;
+}
+
+// `texts` is borrowed by the jobs.
+void AddEncoderJobs(const BenchPlan& plan, const Texts& texts, EngineTimer* timer,
+                    BenchReport* report, std::vector<Job>* jobs,
+                    std::vector<Measurement*>* results) {
+  report->num_texts = texts.size();
+  report->embed.reserve(plan.levels.size() * plan.batches.size());
+  for (const int batch : plan.batches) {
+    for (const int level : plan.levels) {
+      report->embed.push_back({.level = level, .batch = batch, .measured = {}});
+      results->push_back(&report->embed.back().measured);
+      jobs->push_back([=, &texts] { return timer->Embed(level, texts, batch); });
+    }
   }
 }
 
@@ -228,8 +283,14 @@ absl::StatusOr<BenchReport> RunAll(const std::string& directory, const BenchFlag
   EngineTimer timer(engine.get());
   std::vector<Job> jobs;
   std::vector<Measurement*> results;
+  Texts texts;
   if (report.is_encoder) {
-    AddEncoderJobs(plan, &timer, &report, &jobs, &results);
+    if (flags.texts) {
+      NESTOR_ASSIGN_OR_RETURN(texts, ReadTexts(*flags.texts, *engine));
+    } else {
+      texts = RandomTexts(plan, &timer);
+    }
+    AddEncoderJobs(plan, texts, &timer, &report, &jobs, &results);
   } else {
     AddDecoderJobs(plan, &timer, &report, &jobs, &results);
   }
@@ -238,6 +299,10 @@ absl::StatusOr<BenchReport> RunAll(const std::string& directory, const BenchFlag
                           MedianOfRounds(jobs, plan.rounds, &progress));
   for (size_t i = 0; i < medians.size(); ++i) *results[i] = medians[i];
   return report;
+}
+
+double SentencesPerSecond(const BenchReport& report, const EmbedRow& row) {
+  return static_cast<double>(report.num_texts) / row.measured.seconds;
 }
 
 nlohmann::json ToJson(const BenchReport& report) {
@@ -255,11 +320,12 @@ nlohmann::json ToJson(const BenchReport& report) {
                        {"tokens_per_second", row.measured.tokens_per_second()}});
   }
   nlohmann::json embed = nlohmann::json::array();
-  for (const PromptRow& row : report.embed) {
+  for (const EmbedRow& row : report.embed) {
     embed.push_back({{"level", row.level},
-                     {"sentences", kTextsInBatch},
-                     {"tokens", report.plan.prompt_tokens},
-                     {"sentences_per_second", kTextsInBatch / row.measured.seconds},
+                     {"batch", row.batch},
+                     {"sentences", report.num_texts},
+                     {"tokens", row.measured.tokens},
+                     {"sentences_per_second", SentencesPerSecond(report, row)},
                      {"tokens_per_second", row.measured.tokens_per_second()}});
   }
   nlohmann::json mixed = nlohmann::json::array();
@@ -304,14 +370,14 @@ void PrintTables(const BenchReport& report) {
   absl::PrintF("%s, %d threads, reads %.1f GB/s; medians of %d rounds\n\n", report.cpu,
                report.plan.threads, report.read_gbps, report.plan.rounds);
   if (!report.is_encoder) return PrintDecoderTables(report);
-  TextTable embed({"embed: level", "sentences", "tokens each", "sentences/s", "tokens/s"});
-  for (const PromptRow& row : report.embed) {
-    embed.AddRow({absl::StrCat(row.level), absl::StrCat(kTextsInBatch),
-                  absl::StrCat(report.plan.prompt_tokens),
-                  absl::StrFormat("%.1f", kTextsInBatch / row.measured.seconds),
+  TextTable embed({"embed: level", "batch", "sentences/s", "tokens/s"});
+  for (const EmbedRow& row : report.embed) {
+    embed.AddRow({absl::StrCat(row.level), absl::StrCat(row.batch),
+                  absl::StrFormat("%.1f", SentencesPerSecond(report, row)),
                   absl::StrFormat("%.0f", row.measured.tokens_per_second())});
   }
-  absl::PrintF("%s", embed.Render());
+  absl::PrintF("%d sentences, %d tokens\n\n%s", report.num_texts,
+               report.embed.front().measured.tokens, embed.Render());
 }
 
 }  // namespace
@@ -322,8 +388,10 @@ absl::Status RunBench(const std::vector<std::string>& arguments) {
       "nestor bench MODEL_DIR [flags]\n\n"
       "Measures what this machine reads from memory, then the speed of every level: decoding and\n"
       "prefill, or embedding for an encoder. Levels take turns, and medians of several rounds are\n"
-      "printed, since machines are noisy. Prompts are random tokens. Needs no daemon.",
-      "nestor bench models/smollm2-135m-instruct.nested --threads 2 --rows 1,4");
+      "printed, since machines are noisy. Prompts are random tokens, and so are an encoder's\n"
+      "sentences unless --texts names a file. Needs no daemon.",
+      "nestor bench models/smollm2-135m-instruct.nested --threads 2 --rows 1,4\n"
+      "nestor bench models/all-minilm-l6-v2.nested --texts sentences.txt --batch 1,32");
   Declare(&flags, &values);
   NESTOR_ASSIGN_OR_RETURN(const std::vector<std::string> positional, flags.Parse(arguments));
   if (positional.size() != 1) {

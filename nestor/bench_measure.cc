@@ -94,6 +94,35 @@ std::vector<std::vector<Row*>> PassesOf(std::vector<Row>* rows, bool in_one_pass
   return list;
 }
 
+// How many of `texts`, from the first on, one step takes; at least 1. REQUIRES: `texts` is not
+// empty.
+size_t CountThatFit(std::span<const std::vector<int32_t>> texts, int64_t max_rows) {
+  auto rows = static_cast<int64_t>(texts[0].size());
+  size_t count = 1;
+  while (count < texts.size() && rows + static_cast<int64_t>(texts[count].size()) <= max_rows) {
+    rows += static_cast<int64_t>(texts[count++].size());
+  }
+  return count;
+}
+
+// Embeds `texts` in one step.
+absl::Status EmbedStep(Engine* engine, int level, std::span<const std::vector<int32_t>> texts,
+                       int64_t* weight_bytes) {
+  Sequences sequences(engine);
+  StepPlan plan;
+  for (const std::vector<int32_t>& text : texts) {
+    NESTOR_ASSIGN_OR_RETURN(const SequenceId id, sequences.Add(static_cast<int64_t>(text.size())));
+    plan.entries.push_back({.sequence = id,
+                            .tokens = text,
+                            .level = level,
+                            .output = StepEntry::Output::kEmbedding,
+                            .targets = {}});
+  }
+  NESTOR_ASSIGN_OR_RETURN(const StepResult result, CheckedStep(engine, plan));
+  *weight_bytes += result.executed.weight_bytes;
+  return absl::OkStatus();
+}
+
 double SecondsSince(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
@@ -163,26 +192,24 @@ absl::StatusOr<Measurement> EngineTimer::Prefill(int level, int64_t tokens) {
   return measurement;
 }
 
-absl::StatusOr<Measurement> EngineTimer::Embed(int level, int64_t texts, int64_t tokens_each) {
-  std::vector<std::vector<int32_t>> tokens;
-  for (int64_t i = 0; i < texts; ++i) tokens.push_back(RandomTokens(tokens_each));
-  const int64_t texts_in_step =
-      std::max<int64_t>(1, engine_->options().max_step_rows / tokens_each);
-  Measurement measurement = {.tokens = texts * tokens_each};
+absl::StatusOr<Measurement> EngineTimer::Embed(int level,
+                                               std::span<const std::vector<int32_t>> texts,
+                                               int64_t batch) {
+  NESTOR_CHECK(batch >= 1);
+  Measurement measurement;
+  for (const std::vector<int32_t>& text : texts) {
+    measurement.tokens += static_cast<int64_t>(text.size());
+  }
   const auto start = std::chrono::steady_clock::now();
-  for (int64_t begin = 0; begin < texts; begin += texts_in_step) {
-    Sequences sequences(engine_);
-    StepPlan plan;
-    for (int64_t i = begin; i < std::min(texts, begin + texts_in_step); ++i) {
-      NESTOR_ASSIGN_OR_RETURN(const SequenceId id, sequences.Add(tokens_each));
-      plan.entries.push_back({.sequence = id,
-                              .tokens = tokens[i],
-                              .level = level,
-                              .output = StepEntry::Output::kEmbedding,
-                              .targets = {}});
+  while (!texts.empty()) {
+    std::span<const std::vector<int32_t>> rest =
+        texts.first(std::min(texts.size(), static_cast<size_t>(batch)));
+    texts = texts.subspan(rest.size());
+    while (!rest.empty()) {
+      const auto in_step = rest.first(CountThatFit(rest, engine_->options().max_step_rows));
+      NESTOR_RETURN_IF_ERROR(EmbedStep(engine_, level, in_step, &measurement.weight_bytes));
+      rest = rest.subspan(in_step.size());
     }
-    NESTOR_ASSIGN_OR_RETURN(const StepResult result, CheckedStep(engine_, plan));
-    measurement.weight_bytes += result.executed.weight_bytes;
   }
   measurement.seconds = SecondsSince(start);
   return measurement;

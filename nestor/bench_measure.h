@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <functional>
 #include <random>
+#include <span>
 #include <vector>
 
 #include "absl/status/statusor.h"
@@ -46,12 +47,15 @@ class EngineTimer {
   absl::StatusOr<Measurement> Decode(const DecodeShape& shape);
   // A prompt of `tokens`, in chunks of the engine's max_step_rows, up to its last logits.
   absl::StatusOr<Measurement> Prefill(int level, int64_t tokens);
-  // Encoders: texts of `tokens_each`, as many in a step as max_step_rows allows.
-  absl::StatusOr<Measurement> Embed(int level, int64_t texts, int64_t tokens_each);
+  // Encoders: `texts` in their order, `batch` at a time; a batch takes as many steps as
+  // max_step_rows asks for. INVALID_ARGUMENT for a text of more tokens than that. REQUIRES:
+  // batch >= 1.
+  absl::StatusOr<Measurement> Embed(int level, std::span<const std::vector<int32_t>> texts,
+                                    int64_t batch);
 
- private:
   std::vector<int32_t> RandomTokens(int64_t count);
 
+ private:
   Engine* const engine_;
   std::mt19937 random_{20250131};
 };

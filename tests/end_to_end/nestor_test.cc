@@ -475,8 +475,30 @@ TEST_F(EncoderTest, BenchMeasuresSentences) {
       {"bench", served_->directory() + "/nested", "--rounds", "1", "--threads", "1", "--json"}));
   ASSERT_TRUE(bench.is_object());
   ASSERT_EQ(bench["embed"].size(), served_->levels().size());
-  EXPECT_EQ(bench["embed"][0]["tokens"], 16);
+  EXPECT_EQ(bench["embed"][0]["batch"], 32);
+  EXPECT_EQ(bench["embed"][0]["sentences"], 32);
+  EXPECT_EQ(bench["embed"][0]["tokens"], 32 * 16);
   EXPECT_GT(bench["embed"][0]["sentences_per_second"], 0);
+}
+
+TEST_F(EncoderTest, BenchMeasuresTheLinesOfAFileAtEveryBatch) {
+  const std::string path = served_->directory() + "/sentences.txt";
+  ASSERT_TRUE(WriteFileAtomically(path, "a river\n\nan old bridge\nstone\n").ok());
+  const Json bench =
+      JsonOf(RunNestor({"bench", served_->directory() + "/nested", "--rounds", "1", "--threads",
+                        "1", "--levels", "0", "--texts", path, "--batch", "1,2", "--json"}));
+  ASSERT_TRUE(bench.is_object());
+  ASSERT_EQ(bench["embed"].size(), 2u);
+  EXPECT_EQ(bench["embed"][0]["batch"], 1);
+  EXPECT_EQ(bench["embed"][1]["batch"], 2);
+  for (const Json& row : bench["embed"]) {
+    EXPECT_EQ(row["sentences"], 3);
+    // Single characters, and two special tokens each.
+    EXPECT_EQ(row["tokens"], 6 + 11 + 5 + 3 * 2);
+    EXPECT_GT(row["sentences_per_second"], 0);
+  }
+  ExpectFailure(RunNestor({"bench", served_->directory() + "/nested", "--texts", "/absent"}),
+                "NOT_FOUND", "/absent");
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "gmock/gmock.h"
@@ -110,11 +111,26 @@ TEST(EncoderTimerTest, TextsFillStepsUpToTheirRows) {
   const std::unique_ptr<Engine> engine = MakeEngine(directory.path());
   ASSERT_NE(engine, nullptr);
   EngineTimer timer(engine.get());
-  // Three texts of 5 tokens fit 16 rows: 8 texts take three steps.
-  const auto measured = timer.Embed(0, 8, 5);
-  ASSERT_TRUE(measured.ok()) << measured.status();
-  EXPECT_EQ(measured->tokens, 40);
-  EXPECT_EQ(measured->weight_bytes, 3 * engine->model().levels().back().cost.weight_bytes);
+  const std::vector<std::vector<int32_t>> texts(8, std::vector<int32_t>(5, 1));
+  // Three texts of 5 tokens fit 16 rows: 8 texts take three steps, batches of 4 two each.
+  for (const auto& [batch, steps] :
+       {std::pair(1, 8), std::pair(2, 4), std::pair(4, 4), std::pair(8, 3), std::pair(100, 3)}) {
+    const auto measured = timer.Embed(0, texts, batch);
+    ASSERT_TRUE(measured.ok()) << measured.status();
+    EXPECT_EQ(measured->tokens, 40);
+    EXPECT_EQ(measured->weight_bytes, steps * engine->model().levels().back().cost.weight_bytes)
+        << batch;
+  }
+}
+
+TEST(EncoderTimerTest, ATextLongerThanAStepIsRefused) {
+  TemporaryDirectory directory;
+  ASSERT_TRUE(WriteTinyBert(directory.path()).ok());
+  const std::unique_ptr<Engine> engine = MakeEngine(directory.path());
+  ASSERT_NE(engine, nullptr);
+  const std::vector<std::vector<int32_t>> texts = {{1, 2}, std::vector<int32_t>(17, 1)};
+  EXPECT_EQ(EngineTimer(engine.get()).Embed(0, texts, 2).status().code(),
+            absl::StatusCode::kInvalidArgument);
 }
 
 }  // namespace
