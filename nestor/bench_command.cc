@@ -82,6 +82,7 @@ struct BenchReport {
   std::string model;
   std::string cpu;
   double read_gbps = 0;
+  double gemm_gflops = 0;
   bool is_encoder = false;
   BenchPlan plan;
   std::vector<DecodeRow> decode;
@@ -274,6 +275,7 @@ absl::StatusOr<BenchReport> RunAll(const std::string& directory, const BenchFlag
   report.plan = plan;
   // Before the weights are loaded: the probe needs memory of its own.
   NESTOR_ASSIGN_OR_RETURN(report.read_gbps, MeasureReadBandwidth(plan.threads));
+  NESTOR_ASSIGN_OR_RETURN(report.gemm_gflops, MeasureGemmRate(plan.threads));
   const EngineOptions options = OptionsFor(plan, model->spec());
   NESTOR_ASSIGN_OR_RETURN(
       std::unique_ptr<Backend> backend,
@@ -305,40 +307,60 @@ double SentencesPerSecond(const BenchReport& report, const EmbedRow& row) {
   return static_cast<double>(report.num_texts) / row.measured.seconds;
 }
 
+// `row`, with what was executed in it.
+nlohmann::json WithWork(nlohmann::json row, const Measurement& measured) {
+  row["seconds"] = measured.seconds;
+  row["flops"] = measured.flops;
+  row["weight_bytes"] = measured.weight_bytes;
+  return row;
+}
+
 nlohmann::json ToJson(const BenchReport& report) {
   nlohmann::json decode = nlohmann::json::array();
   for (const DecodeRow& row : report.decode) {
-    decode.push_back({{"level", row.level},
-                      {"rows", row.rows},
-                      {"tokens_per_second", row.measured.tokens_per_second()},
-                      {"weight_gbps", row.measured.weight_gbps()}});
+    decode.push_back(WithWork({{"level", row.level},
+                               {"rows", row.rows},
+                               {"tokens_per_second", row.measured.tokens_per_second()},
+                               {"weight_gbps", row.measured.weight_gbps()}},
+                              row.measured));
   }
   nlohmann::json prefill = nlohmann::json::array();
   for (const PromptRow& row : report.prefill) {
-    prefill.push_back({{"level", row.level},
-                       {"tokens", row.measured.tokens},
-                       {"tokens_per_second", row.measured.tokens_per_second()}});
+    prefill.push_back(WithWork({{"level", row.level},
+                                {"tokens", row.measured.tokens},
+                                {"tokens_per_second", row.measured.tokens_per_second()}},
+                               row.measured));
   }
   nlohmann::json embed = nlohmann::json::array();
   for (const EmbedRow& row : report.embed) {
-    embed.push_back({{"level", row.level},
-                     {"batch", row.batch},
-                     {"sentences", report.num_texts},
-                     {"tokens", row.measured.tokens},
-                     {"sentences_per_second", SentencesPerSecond(report, row)},
-                     {"tokens_per_second", row.measured.tokens_per_second()}});
+    embed.push_back(WithWork({{"level", row.level},
+                              {"batch", row.batch},
+                              {"sentences", report.num_texts},
+                              {"tokens", row.measured.tokens},
+                              {"sentences_per_second", SentencesPerSecond(report, row)},
+                              {"tokens_per_second", row.measured.tokens_per_second()}},
+                             row.measured));
   }
   nlohmann::json mixed = nlohmann::json::array();
   for (const MixedRow& row : report.mixed) {
-    mixed.push_back({{"levels", report.plan.levels},
-                     {"rows", row.rows},
-                     {"tokens_per_second", row.one_pass.tokens_per_second()},
-                     {"tokens_per_second_pass_per_level", row.pass_per_level.tokens_per_second()}});
+    mixed.push_back(
+        WithWork({{"levels", report.plan.levels},
+                  {"rows", row.rows},
+                  {"tokens_per_second", row.one_pass.tokens_per_second()},
+                  {"tokens_per_second_pass_per_level", row.pass_per_level.tokens_per_second()},
+                  {"seconds_pass_per_level", row.pass_per_level.seconds},
+                  {"weight_bytes_pass_per_level", row.pass_per_level.weight_bytes}},
+                 row.one_pass));
   }
-  return {{"model", report.model},          {"cpu", report.cpu},
-          {"threads", report.plan.threads}, {"read_gbps", report.read_gbps},
-          {"rounds", report.plan.rounds},   {"decode", std::move(decode)},
-          {"prefill", std::move(prefill)},  {"embed", std::move(embed)},
+  return {{"model", report.model},
+          {"cpu", report.cpu},
+          {"threads", report.plan.threads},
+          {"read_gbps", report.read_gbps},
+          {"gemm_gflops", report.gemm_gflops},
+          {"rounds", report.plan.rounds},
+          {"decode", std::move(decode)},
+          {"prefill", std::move(prefill)},
+          {"embed", std::move(embed)},
           {"mixed", std::move(mixed)}};
 }
 
@@ -351,10 +373,13 @@ void PrintDecoderTables(const BenchReport& report) {
                    absl::StrFormat("%.1f", gbps),
                    absl::StrFormat("%.0f %%", 100 * gbps / report.read_gbps)});
   }
-  TextTable prefill({"prefill: level", "tokens", "tokens/s"});
+  TextTable prefill({"prefill: level", "tokens", "tokens/s", "GFLOP/s", "of GEMM rate"});
   for (const PromptRow& row : report.prefill) {
+    const double gflops = row.measured.gflops();
     prefill.AddRow({absl::StrCat(row.level), absl::StrCat(row.measured.tokens),
-                    absl::StrFormat("%.1f", row.measured.tokens_per_second())});
+                    absl::StrFormat("%.1f", row.measured.tokens_per_second()),
+                    absl::StrFormat("%.1f", gflops),
+                    absl::StrFormat("%.0f %%", 100 * gflops / report.gemm_gflops)});
   }
   absl::PrintF("%s\n%s", decode.Render(), prefill.Render());
   if (report.mixed.empty()) return;
@@ -367,14 +392,18 @@ void PrintDecoderTables(const BenchReport& report) {
 }
 
 void PrintTables(const BenchReport& report) {
-  absl::PrintF("%s, %d threads, reads %.1f GB/s; medians of %d rounds\n\n", report.cpu,
-               report.plan.threads, report.read_gbps, report.plan.rounds);
+  absl::PrintF("%s, %d threads, reads %.1f GB/s, multiplies %.0f GFLOP/s; medians of %d rounds\n\n",
+               report.cpu, report.plan.threads, report.read_gbps, report.gemm_gflops,
+               report.plan.rounds);
   if (!report.is_encoder) return PrintDecoderTables(report);
-  TextTable embed({"embed: level", "batch", "sentences/s", "tokens/s"});
+  TextTable embed({"embed: level", "batch", "sentences/s", "tokens/s", "GFLOP/s", "of GEMM rate"});
   for (const EmbedRow& row : report.embed) {
+    const double gflops = row.measured.gflops();
     embed.AddRow({absl::StrCat(row.level), absl::StrCat(row.batch),
                   absl::StrFormat("%.1f", SentencesPerSecond(report, row)),
-                  absl::StrFormat("%.0f", row.measured.tokens_per_second())});
+                  absl::StrFormat("%.0f", row.measured.tokens_per_second()),
+                  absl::StrFormat("%.1f", gflops),
+                  absl::StrFormat("%.0f %%", 100 * gflops / report.gemm_gflops)});
   }
   absl::PrintF("%d sentences, %d tokens\n\n%s", report.num_texts,
                report.embed.front().measured.tokens, embed.Render());
@@ -386,10 +415,10 @@ absl::Status RunBench(const std::vector<std::string>& arguments) {
   BenchFlags values;
   Flags flags(
       "nestor bench MODEL_DIR [flags]\n\n"
-      "Measures what this machine reads from memory, then the speed of every level: decoding and\n"
-      "prefill, or embedding for an encoder. Levels take turns, and medians of several rounds are\n"
-      "printed, since machines are noisy. Prompts are random tokens, and so are an encoder's\n"
-      "sentences unless --texts names a file. Needs no daemon.",
+      "Measures what this machine reads from memory and multiplies, then the speed of every\n"
+      "level: decoding and prefill, or embedding for an encoder. Levels take turns, and medians\n"
+      "of several rounds are printed, since machines are noisy. Prompts are random tokens, and so\n"
+      "are an encoder's sentences unless --texts names a file. Needs no daemon.",
       "nestor bench models/smollm2-135m-instruct.nested --threads 2 --rows 1,4\n"
       "nestor bench models/all-minilm-l6-v2.nested --texts sentences.txt --batch 1,32");
   Declare(&flags, &values);

@@ -41,15 +41,19 @@ class Sequences {
   std::vector<SequenceId> added_;
 };
 
-absl::StatusOr<StepResult> CheckedStep(Engine* engine, const StepPlan& plan) {
+// Adds what the step executed to `measurement`.
+absl::StatusOr<StepResult> CheckedStep(Engine* engine, const StepPlan& plan,
+                                       Measurement* measurement) {
   NESTOR_ASSIGN_OR_RETURN(StepResult result, engine->Step(plan));
   for (const StepResult::Entry& entry : result.entries) NESTOR_RETURN_IF_ERROR(entry.status);
+  measurement->weight_bytes += result.executed.weight_bytes;
+  measurement->flops += result.executed.flops;
   return result;
 }
 
 // Runs `tokens` of one sequence in chunks; the result is that of the last chunk.
 absl::StatusOr<StepResult> RunPrompt(Engine* engine, SequenceId sequence, int level,
-                                     std::span<const int32_t> tokens, int64_t* weight_bytes) {
+                                     std::span<const int32_t> tokens, Measurement* measurement) {
   const auto chunk = static_cast<size_t>(engine->options().max_step_rows);
   while (true) {
     const bool is_last = tokens.size() <= chunk;
@@ -60,15 +64,14 @@ absl::StatusOr<StepResult> RunPrompt(Engine* engine, SequenceId sequence, int le
                      .level = level,
                      .output = is_last ? StepEntry::Output::kLastLogits : StepEntry::Output::kNone,
                      .targets = {}}}};
-    NESTOR_ASSIGN_OR_RETURN(StepResult result, CheckedStep(engine, plan));
-    *weight_bytes += result.executed.weight_bytes;
+    NESTOR_ASSIGN_OR_RETURN(StepResult result, CheckedStep(engine, plan, measurement));
     if (is_last) return result;
     tokens = tokens.subspan(chunk);
   }
 }
 
 // One token for each of `rows`, in one pass.
-absl::Status DecodeStep(Engine* engine, std::span<Row* const> rows, int64_t* weight_bytes) {
+absl::Status DecodeStep(Engine* engine, std::span<Row* const> rows, Measurement* measurement) {
   StepPlan plan;
   for (const Row* row : rows) {
     plan.entries.push_back({.sequence = row->sequence,
@@ -77,11 +80,10 @@ absl::Status DecodeStep(Engine* engine, std::span<Row* const> rows, int64_t* wei
                             .output = StepEntry::Output::kLastLogits,
                             .targets = {}});
   }
-  NESTOR_ASSIGN_OR_RETURN(const StepResult result, CheckedStep(engine, plan));
+  NESTOR_ASSIGN_OR_RETURN(const StepResult result, CheckedStep(engine, plan, measurement));
   for (size_t i = 0; i < rows.size(); ++i) {
     rows[i]->next_token = rows[i]->sampler.Sample(result.entries[i].values);
   }
-  *weight_bytes += result.executed.weight_bytes;
   return absl::OkStatus();
 }
 
@@ -107,7 +109,7 @@ size_t CountThatFit(std::span<const std::vector<int32_t>> texts, int64_t max_row
 
 // Embeds `texts` in one step.
 absl::Status EmbedStep(Engine* engine, int level, std::span<const std::vector<int32_t>> texts,
-                       int64_t* weight_bytes) {
+                       Measurement* measurement) {
   Sequences sequences(engine);
   StepPlan plan;
   for (const std::vector<int32_t>& text : texts) {
@@ -118,9 +120,7 @@ absl::Status EmbedStep(Engine* engine, int level, std::span<const std::vector<in
                             .output = StepEntry::Output::kEmbedding,
                             .targets = {}});
   }
-  NESTOR_ASSIGN_OR_RETURN(const StepResult result, CheckedStep(engine, plan));
-  *weight_bytes += result.executed.weight_bytes;
-  return absl::OkStatus();
+  return CheckedStep(engine, plan, measurement).status();
 }
 
 double SecondsSince(std::chrono::steady_clock::time_point start) {
@@ -162,10 +162,9 @@ absl::StatusOr<Measurement> EngineTimer::Decode(const DecodeShape& shape) {
   for (const int level : shape.levels) {
     NESTOR_ASSIGN_OR_RETURN(const SequenceId id, sequences.Add(shape.context + shape.steps));
     Row row = {.sequence = id, .level = level};
-    int64_t prompt_bytes = 0;
-    NESTOR_ASSIGN_OR_RETURN(
-        const StepResult result,
-        RunPrompt(engine_, id, level, RandomTokens(shape.context), &prompt_bytes));
+    Measurement prompt;  // not part of what is timed
+    NESTOR_ASSIGN_OR_RETURN(const StepResult result,
+                            RunPrompt(engine_, id, level, RandomTokens(shape.context), &prompt));
     row.next_token = row.sampler.Sample(result.entries[0].values);
     rows.push_back(std::move(row));
   }
@@ -173,7 +172,7 @@ absl::StatusOr<Measurement> EngineTimer::Decode(const DecodeShape& shape) {
   const auto start = std::chrono::steady_clock::now();
   for (int64_t step = 0; step < shape.steps; ++step) {
     for (const std::vector<Row*>& pass : passes) {
-      NESTOR_RETURN_IF_ERROR(DecodeStep(engine_, pass, &measurement.weight_bytes));
+      NESTOR_RETURN_IF_ERROR(DecodeStep(engine_, pass, &measurement));
     }
   }
   measurement.seconds = SecondsSince(start);
@@ -187,7 +186,7 @@ absl::StatusOr<Measurement> EngineTimer::Prefill(int level, int64_t tokens) {
   NESTOR_ASSIGN_OR_RETURN(const SequenceId id, sequences.Add(tokens));
   Measurement measurement = {.tokens = tokens};
   const auto start = std::chrono::steady_clock::now();
-  NESTOR_RETURN_IF_ERROR(RunPrompt(engine_, id, level, prompt, &measurement.weight_bytes).status());
+  NESTOR_RETURN_IF_ERROR(RunPrompt(engine_, id, level, prompt, &measurement).status());
   measurement.seconds = SecondsSince(start);
   return measurement;
 }
@@ -207,7 +206,7 @@ absl::StatusOr<Measurement> EngineTimer::Embed(int level,
     texts = texts.subspan(rest.size());
     while (!rest.empty()) {
       const auto in_step = rest.first(CountThatFit(rest, engine_->options().max_step_rows));
-      NESTOR_RETURN_IF_ERROR(EmbedStep(engine_, level, in_step, &measurement.weight_bytes));
+      NESTOR_RETURN_IF_ERROR(EmbedStep(engine_, level, in_step, &measurement));
       rest = rest.subspan(in_step.size());
     }
   }

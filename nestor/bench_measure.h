@@ -16,10 +16,12 @@ namespace nestor {
 struct Measurement {
   double seconds = 0;
   int64_t tokens = 0;
-  int64_t weight_bytes = 0;  // counted by the backend during the run
+  int64_t weight_bytes = 0;  // counted by the backend during the run, as is the next
+  int64_t flops = 0;         // of linear layers: attention is left out
 
   double tokens_per_second() const { return static_cast<double>(tokens) / seconds; }
   double weight_gbps() const { return static_cast<double>(weight_bytes) / seconds / 1e9; }
+  double gflops() const { return static_cast<double>(flops) / seconds / 1e9; }
 };
 
 // Runs `jobs` one after the other, `rounds` times over and once before that uncounted, so that a

@@ -11,6 +11,8 @@
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
+#include "kernels/cpu/aligned_buffer.h"
+#include "kernels/cpu/kernels.h"
 #include "kernels/cpu/memory_arena.h"
 #include "kernels/cpu/thread_pool.h"
 
@@ -20,6 +22,20 @@ namespace {
 constexpr int64_t kMinBufferBytes = int64_t{256} << 20;
 constexpr int kPasses = 8;
 constexpr int64_t kBytesPerTask = int64_t{1} << 20;
+
+// A product of [rows, depth] and one panel: 80 KB, which a second-level cache holds.
+constexpr int64_t kGemmRows = 64;
+constexpr int64_t kGemmDepth = 256;
+constexpr int64_t kGemmPanels = 64;  // multiplied by a task, all of them the same one
+constexpr int kGemmTasks = 16;       // of a pass, for each thread
+constexpr int kGemmPasses = 12;
+
+// What one thread multiplies.
+struct GemmOperands {
+  AlignedBuffer<float> x;      // [kGemmRows, kGemmDepth]
+  AlignedBuffer<float> panel;  // [kGemmDepth, kPanelOutputs]
+  AlignedBuffer<float> out;    // [kGemmRows, kPanelOutputs]
+};
 
 // Eight independent sums, so that loads and not additions set the pace.
 uint64_t SumOf(const uint64_t* words, int64_t count) {
@@ -32,11 +48,15 @@ uint64_t SumOf(const uint64_t* words, int64_t count) {
   return total;
 }
 
+absl::Status CheckThreads(int threads) {
+  if (threads >= 1) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat("threads: must be positive; was ", threads));
+}
+
 }  // namespace
 
 absl::StatusOr<double> MeasureReadBandwidth(int threads) {
-  if (threads < 1)
-    return absl::InvalidArgumentError(absl::StrCat("threads: must be positive; was ", threads));
+  NESTOR_RETURN_IF_ERROR(CheckThreads(threads));
   const int64_t cache_bytes = std::max<int64_t>(0, sysconf(_SC_LEVEL3_CACHE_SIZE));
   const int64_t bytes = std::max(kMinBufferBytes, 4 * cache_bytes);
   NESTOR_ASSIGN_OR_RETURN(MappedMemory buffer, MappedMemory::Map(bytes));
@@ -60,6 +80,39 @@ absl::StatusOr<double> MeasureReadBandwidth(int threads) {
   // The sums must be needed, or the compiler drops the reads.
   const volatile uint64_t needed = sums[num_tasks - 1];
   static_cast<void>(needed);
+  return best;
+}
+
+absl::StatusOr<double> MeasureGemmRate(int threads) {
+  NESTOR_RETURN_IF_ERROR(CheckThreads(threads));
+  const CpuKernels& kernels =
+      BestInstructionSet() == CpuInstructionSet::kAvx2 ? Avx2Kernels() : PortableKernels();
+  std::vector<GemmOperands> operands(threads);
+  for (GemmOperands& own : operands) {
+    own.x.GrowTo(kGemmRows * kGemmDepth);
+    own.panel.GrowTo(kGemmDepth * kPanelOutputs);
+    own.out.GrowTo(kGemmRows * kPanelOutputs);
+    std::fill_n(own.x.data(), kGemmRows * kGemmDepth, 0.5F);
+    std::fill_n(own.panel.data(), kGemmDepth * kPanelOutputs, 0.25F);
+  }
+  ThreadPool pool(threads);
+  const int64_t num_tasks = int64_t{kGemmTasks} * threads;
+  const double flops =
+      2.0 * kGemmRows * kGemmDepth * kPanelOutputs * kGemmPanels * static_cast<double>(num_tasks);
+  double best = 0;
+  for (int pass = 0; pass < kGemmPasses; ++pass) {
+    const auto start = std::chrono::steady_clock::now();
+    pool.Run(num_tasks, [&](int64_t, int thread) {
+      GemmOperands& own = operands[thread];
+      for (int64_t panel = 0; panel < kGemmPanels; ++panel) {
+        kernels.gemm(own.x.data(), kGemmDepth, kGemmRows, kGemmDepth, own.panel.data(),
+                     /*bias=*/nullptr, own.out.data(), kPanelOutputs, kPanelOutputs,
+                     /*adds=*/false);
+      }
+    });
+    const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
+    best = std::max(best, flops / elapsed.count() * 1e-9);
+  }
   return best;
 }
 

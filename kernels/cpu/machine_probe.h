@@ -10,4 +10,9 @@ namespace nestor {
 // threads < 1.
 absl::StatusOr<double> MeasureReadBandwidth(int threads);
 
+// Rate of matrix products in GFLOP/s with `threads` threads: the backend's fp32 kernel on operands
+// that stay in each thread's cache; the best of several passes, taking about a quarter of a second.
+// INVALID_ARGUMENT for threads < 1.
+absl::StatusOr<double> MeasureGemmRate(int threads);
+
 }  // namespace nestor

@@ -366,16 +366,19 @@ TEST_F(LanguageModelTest, BenchMeasuresEveryLevel) {
   EXPECT_FALSE(bench["cpu"].get<std::string>().empty());
   EXPECT_EQ(bench["threads"], 1);
   EXPECT_GT(bench["read_gbps"], 0);
+  EXPECT_GT(bench["gemm_gflops"], 0);
   ASSERT_EQ(bench["decode"].size(), 2 * num_levels);
   for (const Json& row : bench["decode"]) {
     EXPECT_GT(row["tokens_per_second"], 0);
     EXPECT_GT(row["weight_gbps"], 0);
     EXPECT_TRUE(row.contains("level") && row.contains("rows"));
+    for (const char* key : {"seconds", "flops", "weight_bytes"}) EXPECT_GT(row[key], 0) << key;
   }
   ASSERT_EQ(bench["prefill"].size(), num_levels);
   for (const Json& row : bench["prefill"]) {
     EXPECT_EQ(row["tokens"], 32);
     EXPECT_GT(row["tokens_per_second"], 0);
+    EXPECT_GT(row["flops"], 0);
   }
   ASSERT_EQ(bench["mixed"].size(), 2u);
   EXPECT_EQ(bench["mixed"][0]["rows"], num_levels);

@@ -101,5 +101,13 @@ TEST(MeasureReadBandwidth, IsPositiveAndRefusesNoThreads) {
   EXPECT_FALSE(MeasureReadBandwidth(0).ok());
 }
 
+TEST(MeasureGemmRate, IsPositiveAndRefusesNoThreads) {
+  const absl::StatusOr<double> rate = MeasureGemmRate(2);
+  ASSERT_TRUE(rate.ok());
+  EXPECT_GT(*rate, 0.05);
+  EXPECT_LT(*rate, 100000);
+  EXPECT_FALSE(MeasureGemmRate(0).ok());
+}
+
 }  // namespace
 }  // namespace nestor

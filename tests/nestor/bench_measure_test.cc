@@ -26,7 +26,8 @@ TEST(MedianOfRoundsTest, JobsTakeTurnsAndTheFirstRoundDoesNotCount) {
       order.push_back(name);
       const double next = seconds->front();
       seconds->erase(seconds->begin());
-      return Measurement{.seconds = next, .tokens = tokens, .weight_bytes = 30 * tokens};
+      return Measurement{
+          .seconds = next, .tokens = tokens, .weight_bytes = 30 * tokens, .flops = 60 * tokens};
     };
   };
   Progress progress("test", 8);
@@ -37,6 +38,7 @@ TEST(MedianOfRoundsTest, JobsTakeTurnsAndTheFirstRoundDoesNotCount) {
   EXPECT_EQ((*medians)[0].seconds, 3);
   EXPECT_EQ((*medians)[0].tokens_per_second(), 4);
   EXPECT_EQ((*medians)[0].weight_gbps(), 120e-9);
+  EXPECT_EQ((*medians)[0].gflops(), 240e-9);
   EXPECT_EQ((*medians)[1].seconds, 5);
   EXPECT_EQ((*medians)[1].tokens_per_second(), 4);
 }
@@ -71,6 +73,11 @@ class LanguageModelTimerTest : public ::testing::Test {
     ASSERT_NE(engine_, nullptr);
   }
   int64_t FullBytes() const { return engine_->model().levels().back().cost.weight_bytes; }
+  // Of one token, without attention.
+  int64_t FullFlops() const {
+    const NestedModel& model = engine_->model();
+    return model.levels().back().cost.flops - AttentionFlops(model.spec(), 128);
+  }
 
   TemporaryDirectory directory_;
   std::unique_ptr<Engine> engine_;
@@ -82,6 +89,7 @@ TEST_F(LanguageModelTimerTest, DecodeCountsTokensAndOnePassOverTheWeightsForEach
   ASSERT_TRUE(measured.ok()) << measured.status();
   EXPECT_EQ(measured->tokens, 12);
   EXPECT_EQ(measured->weight_bytes, 4 * FullBytes());
+  EXPECT_EQ(measured->flops, 12 * FullFlops());
   EXPECT_GT(measured->seconds, 0);
   EXPECT_EQ(engine_->free_pages(), engine_->num_pages());
 }
