@@ -80,7 +80,8 @@ class TransformerEngine final : public Engine {
         backend_(std::move(backend)),
         tokenizer_(std::move(tokenizer)),
         chat_template_(std::move(chat_template)),
-        pages_(0, options.page_size) {}
+        pages_(0, options.page_size),
+        raiser_(model_.get(), backend_->bytes_per_flop()) {}
 
   absl::Status Load();
 
@@ -105,6 +106,8 @@ class TransformerEngine final : public Engine {
   bool has_cache() const { return !model_->spec().is_encoder(); }
   absl::Status Validate(const StepPlan& plan) const;
   absl::Status ValidateEntry(const StepEntry& entry) const;
+  // Fills in executed_levels_.
+  void ChooseLevels(const StepPlan& plan);
   void LayOutRows(const StepPlan& plan);
   void DeliverLogits(const StepPlan& plan, StepResult* result);
   void DeliverChunk(const StepPlan& plan, std::span<const OutputRow> rows, StepResult* result);
@@ -124,7 +127,10 @@ class TransformerEngine final : public Engine {
   std::unordered_map<SequenceId, Sequence> sequences_;
   SequenceId next_sequence_ = 1;
 
+  LevelRaiser raiser_;
+
   // The rows of the step in hand; kept so that a steady step does not allocate.
+  std::vector<LevelRaiser::Entry> executed_;  // entry by entry of the plan
   std::vector<size_t> entry_order_;
   std::vector<int32_t> tokens_, positions_;
   std::vector<SequenceRows> sequence_rows_;  // in row order
@@ -284,13 +290,23 @@ absl::Status TransformerEngine::Validate(const StepPlan& plan) const {
   return absl::OkStatus();
 }
 
+void TransformerEngine::ChooseLevels(const StepPlan& plan) {
+  executed_.clear();
+  for (const StepEntry& entry : plan.entries) {
+    executed_.push_back({.rows = static_cast<int64_t>(entry.tokens.size()),
+                         .level = entry.level,
+                         .may_run = entry.may_run});
+  }
+  raiser_.Raise(executed_);
+}
+
 // Sorts the entries by level order and lays their tokens out as rows.
 void TransformerEngine::LayOutRows(const StepPlan& plan) {
   entry_order_.resize(plan.entries.size());
   for (size_t i = 0; i < entry_order_.size(); ++i) entry_order_[i] = i;
   std::stable_sort(entry_order_.begin(), entry_order_.end(), [&](size_t a, size_t b) {
-    return level_order_[static_cast<size_t>(plan.entries[a].level)] <
-           level_order_[static_cast<size_t>(plan.entries[b].level)];
+    return level_order_[static_cast<size_t>(executed_[a].level)] <
+           level_order_[static_cast<size_t>(executed_[b].level)];
   });
   tokens_.clear();
   positions_.clear();
@@ -300,6 +316,7 @@ void TransformerEngine::LayOutRows(const StepPlan& plan) {
   outputs_.clear();
   for (const size_t index : entry_order_) {
     const StepEntry& entry = plan.entries[index];
+    const int level = executed_[index].level;
     const Sequence& sequence = sequences_.at(entry.sequence);
     const int64_t begin = static_cast<int64_t>(tokens_.size());
     const int64_t count = static_cast<int64_t>(entry.tokens.size());
@@ -309,20 +326,20 @@ void TransformerEngine::LayOutRows(const StepPlan& plan) {
     }
     sequence_rows_.push_back({begin, count, sequence.length, sequence.pages});
     entry_of_sequence_rows_.push_back(index);
-    if (!runs_.empty() && runs_.back().level == entry.level) {
+    if (!runs_.empty() && runs_.back().level == level) {
       runs_.back().end = begin + count;
     } else {
-      runs_.push_back({begin, begin + count, entry.level});
+      runs_.push_back({begin, begin + count, level});
     }
     if (entry.output == StepEntry::Output::kLastLogits) {
-      outputs_.push_back({begin + count - 1, entry.level, index, entry.tokens.size() - 1});
+      outputs_.push_back({begin + count - 1, level, index, entry.tokens.size() - 1});
     }
     if (entry.output == StepEntry::Output::kAllLogits ||
         entry.output == StepEntry::Output::kLogProbabilities) {
       const bool is_scored = entry.output == StepEntry::Output::kLogProbabilities;
       for (size_t i = 0; i < entry.tokens.size(); ++i) {
         if (is_scored && entry.targets[i] < 0) continue;
-        outputs_.push_back({begin + static_cast<int64_t>(i), entry.level, index, i});
+        outputs_.push_back({begin + static_cast<int64_t>(i), level, index, i});
       }
     }
   }
@@ -417,6 +434,7 @@ void TransformerEngine::DeliverEmbeddings(const StepPlan& plan, StepResult* resu
 
 absl::StatusOr<StepResult> TransformerEngine::Step(const StepPlan& plan) {
   NESTOR_RETURN_IF_ERROR(Validate(plan));
+  ChooseLevels(plan);
   LayOutRows(plan);
   const LinearCost before = backend_->executed();
   transformer_->Forward(
@@ -424,7 +442,7 @@ absl::StatusOr<StepResult> TransformerEngine::Step(const StepPlan& plan) {
   StepResult result;
   result.entries.resize(plan.entries.size());
   for (size_t i = 0; i < plan.entries.size(); ++i) {
-    result.entries[i].executed_level = plan.entries[i].level;
+    result.entries[i].executed_level = executed_[i].level;
     sequences_.at(plan.entries[i].sequence).length +=
         static_cast<int64_t>(plan.entries[i].tokens.size());
   }

@@ -11,6 +11,7 @@
 #include "absl/status/statusor.h"
 #include "engine/chat_template.h"
 #include "engine/nested_model.h"
+#include "engine/raise_levels.h"
 #include "engine/tokenizer.h"
 #include "kernels/backend.h"
 
@@ -30,6 +31,9 @@ struct StepEntry {
   SequenceId sequence = 0;
   std::span<const int32_t> tokens;
   int level = 0;
+  // Levels that the engine may run the entry at instead, where another entry of the step runs at
+  // them and the step gets cheaper by it (raise_levels.h). StepResult says what it did.
+  LevelSet may_run = 0;
   Output output = Output::kNone;
   // kLogProbabilities: targets[i] is what follows tokens[i]; -1 leaves that row unscored.
   std::span<const int32_t> targets;

@@ -169,6 +169,9 @@ class Backend {
   // Bytes held for weights (the device's own layout) and for the KV cache.
   virtual int64_t resident_weight_bytes() const = 0;
   virtual int64_t kv_cache_bytes() const = 0;
+  // Bytes of weights that the device reads while it does one FLOP of a step of few rows. A rough
+  // figure: choices between two ways to run a step rest on it, never a result.
+  virtual double bytes_per_flop() const { return 0.1; }
   // Bytes of one scalar in the KV cache.
   virtual int64_t kv_scalar_bytes() const { return sizeof(float); }
 };

@@ -8,6 +8,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
 #include "base/progress.h"
 #include "base/status_macros.h"
 #include "engine/engine.h"
@@ -32,6 +33,7 @@ struct BenchFlags {
   std::optional<std::string> instruction_set;
   std::optional<std::string> levels;
   std::string rows = "1,4,16";
+  std::string mixed_rows = "2,4,8,32";
   std::optional<int64_t> prompt_tokens;
   std::optional<std::string> texts;
   std::string batch = "32";
@@ -46,6 +48,7 @@ struct BenchPlan {
   int threads = 1;
   std::vector<int> levels;
   std::vector<int> rows;
+  std::vector<int> mixed_rows;
   std::vector<int> batches;
   int64_t prompt_tokens = 0;
   int64_t context = 0;
@@ -71,11 +74,17 @@ struct EmbedRow {
   Measurement measured;
 };
 
-// The same rows at all levels, in one pass and in one pass for each level.
+// Rows at several levels, the lowest and the full one among them, run in every way there is.
 struct MixedRow {
-  int64_t rows = 0;
-  Measurement one_pass;
+  std::vector<int> levels;  // one for each row
+  Measurement chosen;       // as the engine chose
+  Measurement as_asked;
   Measurement pass_per_level;
+  Measurement raised;  // all at the full level
+
+  double chosen_against_best() const {
+    return chosen.seconds / std::min(pass_per_level.seconds, raised.seconds);
+  }
 };
 
 struct BenchReport {
@@ -98,6 +107,8 @@ void Declare(Flags* flags, BenchFlags* values) {
              "portable, avx2, avx512 or avx512_bf16 (default: the best this machine has)");
   flags->Add("levels", &values->levels, "levels to measure, e.g. 0,3 (default: all)");
   flags->Add("rows", &values->rows, "sequences that decode together");
+  flags->Add("mixed-rows", &values->mixed_rows,
+             "sequences that decode together at several of the levels");
   flags->Add("prompt-tokens", &values->prompt_tokens,
              "tokens of a prompt (default: 512), or of an encoder's sentence (default: 16)");
   flags->Add("texts", &values->texts,
@@ -145,6 +156,8 @@ absl::StatusOr<BenchPlan> MakePlan(const BenchFlags& flags, const NestedModel& m
     std::iota(plan.levels.begin(), plan.levels.end(), 0);
   }
   NESTOR_ASSIGN_OR_RETURN(plan.rows, ParseIntegers("rows", flags.rows, 1, kMaxRows));
+  NESTOR_ASSIGN_OR_RETURN(plan.mixed_rows,
+                          ParseIntegers("mixed-rows", flags.mixed_rows, 2, kMaxRows));
   NESTOR_ASSIGN_OR_RETURN(plan.batches, ParseIntegers("batch", flags.batch, 1, kMaxRows));
   if (flags.texts && !is_encoder) {
     return UsageError(absl::StrCat("--texts: ", model.directory(), " is no encoder"));
@@ -170,12 +183,38 @@ EngineOptions OptionsFor(const BenchPlan& plan, const ModelSpec& spec) {
 
 using Job = std::function<absl::StatusOr<Measurement>()>;
 
+// What the machine can do, in every round anew: it changes from second to second.
+void AddMachineJobs(int threads, CpuInstructionSet instruction_set, Measurement* reading,
+                    Measurement* multiplying, std::vector<Job>* jobs,
+                    std::vector<Measurement*>* results) {
+  constexpr int64_t kGiga = 1'000'000'000;
+  results->push_back(reading);
+  jobs->push_back([=]() -> absl::StatusOr<Measurement> {
+    NESTOR_ASSIGN_OR_RETURN(const double gbps, MeasureReadBandwidth(threads));
+    return Measurement{.seconds = 1 / gbps, .weight_bytes = kGiga};
+  });
+  results->push_back(multiplying);
+  jobs->push_back([=]() -> absl::StatusOr<Measurement> {
+    NESTOR_ASSIGN_OR_RETURN(const double gflops, MeasureGemmRate(threads, instruction_set));
+    return Measurement{.seconds = 1 / gflops, .flops = kGiga};
+  });
+}
+
+// `rows` levels from the first to the last of `levels`, evenly; each several times where there are
+// more rows than levels. REQUIRES: rows >= 2.
+std::vector<int> MixedLevels(const std::vector<int>& levels, int rows) {
+  std::vector<int> result;
+  const auto last = static_cast<int64_t>(levels.size()) - 1;
+  for (int64_t i = 0; i < rows; ++i) result.push_back(levels[i * last / (rows - 1)]);
+  return result;
+}
+
 void AddDecoderJobs(const BenchPlan& plan, EngineTimer* timer, BenchReport* report,
                     std::vector<Job>* jobs, std::vector<Measurement*>* results) {
   // Reserved, since `results` points into them.
   report->decode.reserve(plan.levels.size() * plan.rows.size());
   report->prefill.reserve(plan.levels.size());
-  report->mixed.reserve(2);
+  report->mixed.reserve(plan.mixed_rows.size());
   for (const int rows : plan.rows) {
     for (const int level : plan.levels) {
       report->decode.push_back({.level = level, .rows = rows, .measured = {}});
@@ -193,22 +232,20 @@ void AddDecoderJobs(const BenchPlan& plan, EngineTimer* timer, BenchReport* repo
     jobs->push_back([=] { return timer->Prefill(level, plan.prompt_tokens); });
   }
   if (plan.levels.size() < 2) return;
-  for (const int rows_each : {1, 4}) {
-    std::vector<int> levels;
-    for (int i = 0; i < rows_each; ++i) {
-      levels.insert(levels.end(), plan.levels.begin(), plan.levels.end());
-    }
-    report->mixed.emplace_back().rows = static_cast<int64_t>(levels.size());
-    for (const bool in_one_pass : {true, false}) {
-      MixedRow& row = report->mixed.back();
-      results->push_back(in_one_pass ? &row.one_pass : &row.pass_per_level);
+  for (const int rows : plan.mixed_rows) {
+    report->mixed.push_back({.levels = MixedLevels(plan.levels, rows)});
+    MixedRow& row = report->mixed.back();
+    const auto add = [&](Measurement* result, std::vector<int> levels, EngineTimer::Mix mix) {
+      results->push_back(result);
       jobs->push_back([=] {
-        return timer->Decode({.levels = levels,
-                              .context = plan.context,
-                              .steps = plan.tokens,
-                              .in_one_pass = in_one_pass});
+        return timer->Decode(
+            {.levels = levels, .context = plan.context, .steps = plan.tokens, .mix = mix});
       });
-    }
+    };
+    add(&row.chosen, row.levels, EngineTimer::Mix::kEngineChooses);
+    add(&row.as_asked, row.levels, EngineTimer::Mix::kAsAsked);
+    add(&row.pass_per_level, row.levels, EngineTimer::Mix::kPassPerLevel);
+    add(&row.raised, std::vector<int>(rows, row.levels.back()), EngineTimer::Mix::kAsAsked);
   }
 }
 
@@ -273,9 +310,6 @@ absl::StatusOr<BenchReport> RunAll(const std::string& directory, const BenchFlag
   report.cpu = DescribeCpu(instruction_set.value_or(BestInstructionSet()));
   report.is_encoder = model->spec().is_encoder();
   report.plan = plan;
-  // Before the weights are loaded: the probe needs memory of its own.
-  NESTOR_ASSIGN_OR_RETURN(report.read_gbps, MeasureReadBandwidth(plan.threads));
-  NESTOR_ASSIGN_OR_RETURN(report.gemm_gflops, MeasureGemmRate(plan.threads));
   const EngineOptions options = OptionsFor(plan, model->spec());
   NESTOR_ASSIGN_OR_RETURN(
       std::unique_ptr<Backend> backend,
@@ -285,6 +319,10 @@ absl::StatusOr<BenchReport> RunAll(const std::string& directory, const BenchFlag
   EngineTimer timer(engine.get());
   std::vector<Job> jobs;
   std::vector<Measurement*> results;
+  Measurement reading;
+  Measurement multiplying;
+  AddMachineJobs(plan.threads, instruction_set.value_or(BestInstructionSet()), &reading,
+                 &multiplying, &jobs, &results);
   Texts texts;
   if (report.is_encoder) {
     if (flags.texts) {
@@ -300,6 +338,8 @@ absl::StatusOr<BenchReport> RunAll(const std::string& directory, const BenchFlag
   NESTOR_ASSIGN_OR_RETURN(const std::vector<Measurement> medians,
                           MedianOfRounds(jobs, plan.rounds, &progress));
   for (size_t i = 0; i < medians.size(); ++i) *results[i] = medians[i];
+  report.read_gbps = reading.weight_gbps();
+  report.gemm_gflops = multiplying.gflops();
   return report;
 }
 
@@ -343,14 +383,14 @@ nlohmann::json ToJson(const BenchReport& report) {
   }
   nlohmann::json mixed = nlohmann::json::array();
   for (const MixedRow& row : report.mixed) {
-    mixed.push_back(
-        WithWork({{"levels", report.plan.levels},
-                  {"rows", row.rows},
-                  {"tokens_per_second", row.one_pass.tokens_per_second()},
-                  {"tokens_per_second_pass_per_level", row.pass_per_level.tokens_per_second()},
-                  {"seconds_pass_per_level", row.pass_per_level.seconds},
-                  {"weight_bytes_pass_per_level", row.pass_per_level.weight_bytes}},
-                 row.one_pass));
+    mixed.push_back(WithWork({{"levels", row.levels},
+                              {"rows", row.levels.size()},
+                              {"tokens_per_second", row.chosen.tokens_per_second()},
+                              {"rows_by_executed_level", row.chosen.rows_by_level},
+                              {"seconds_as_asked", row.as_asked.seconds},
+                              {"seconds_pass_per_level", row.pass_per_level.seconds},
+                              {"seconds_raised", row.raised.seconds}},
+                             row.chosen));
   }
   return {{"model", report.model},
           {"cpu", report.cpu},
@@ -362,6 +402,24 @@ nlohmann::json ToJson(const BenchReport& report) {
           {"prefill", std::move(prefill)},
           {"embed", std::move(embed)},
           {"mixed", std::move(mixed)}};
+}
+
+// "0,3,6": each level once, in ascending order.
+std::string Distinct(std::vector<int> levels) {
+  std::sort(levels.begin(), levels.end());
+  levels.erase(std::unique(levels.begin(), levels.end()), levels.end());
+  return absl::StrJoin(levels, ",");
+}
+
+// "level 3: 25 %, level 6: 75 %", of rows.
+std::string ExecutedLevels(const Measurement& measured) {
+  std::vector<std::string> shares;
+  for (const auto& [level, rows] : measured.rows_by_level) {
+    shares.push_back(
+        absl::StrFormat("level %d: %.0f %%", level,
+                        100 * static_cast<double>(rows) / static_cast<double>(measured.tokens)));
+  }
+  return absl::StrJoin(shares, ", ");
 }
 
 void PrintDecoderTables(const BenchReport& report) {
@@ -383,10 +441,15 @@ void PrintDecoderTables(const BenchReport& report) {
   }
   absl::PrintF("%s\n%s", decode.Render(), prefill.Render());
   if (report.mixed.empty()) return;
-  TextTable mixed({"mixed: rows", "tokens/s in one pass", "in one pass per level"});
+  TextTable mixed({"mixed: levels", "tokens/s as the engine chose", "as asked", "pass per level",
+                   "all raised", "time of the best of these", "executed"});
   for (const MixedRow& row : report.mixed) {
-    mixed.AddRow({absl::StrCat(row.rows), absl::StrFormat("%.1f", row.one_pass.tokens_per_second()),
-                  absl::StrFormat("%.1f", row.pass_per_level.tokens_per_second())});
+    mixed.AddRow({absl::StrCat(row.levels.size(), " rows of ", Distinct(row.levels)),
+                  absl::StrFormat("%.1f", row.chosen.tokens_per_second()),
+                  absl::StrFormat("%.1f", row.as_asked.tokens_per_second()),
+                  absl::StrFormat("%.1f", row.pass_per_level.tokens_per_second()),
+                  absl::StrFormat("%.1f", row.raised.tokens_per_second()),
+                  absl::StrFormat("%.2f", row.chosen_against_best()), ExecutedLevels(row.chosen)});
   }
   absl::PrintF("\n%s", mixed.Render());
 }

@@ -71,24 +71,32 @@ absl::StatusOr<StepResult> RunPrompt(Engine* engine, SequenceId sequence, int le
 }
 
 // One token for each of `rows`, in one pass.
-absl::Status DecodeStep(Engine* engine, std::span<Row* const> rows, Measurement* measurement) {
+absl::Status DecodeStep(Engine* engine, std::span<Row* const> rows, EngineTimer::Mix mix,
+                        Measurement* measurement) {
   StepPlan plan;
+  LevelSet may_run = 0;
+  if (mix == EngineTimer::Mix::kEngineChooses) {
+    for (const Row* row : rows) may_run |= SetOf(row->level);
+  }
   for (const Row* row : rows) {
     plan.entries.push_back({.sequence = row->sequence,
                             .tokens = {&row->next_token, 1},
                             .level = row->level,
+                            .may_run = may_run,
                             .output = StepEntry::Output::kLastLogits,
                             .targets = {}});
   }
   NESTOR_ASSIGN_OR_RETURN(const StepResult result, CheckedStep(engine, plan, measurement));
   for (size_t i = 0; i < rows.size(); ++i) {
+    ++measurement->rows_by_level[result.entries[i].executed_level];
     rows[i]->next_token = rows[i]->sampler.Sample(result.entries[i].values);
   }
   return absl::OkStatus();
 }
 
 // The rows of each pass of a step.
-std::vector<std::vector<Row*>> PassesOf(std::vector<Row>* rows, bool in_one_pass) {
+std::vector<std::vector<Row*>> PassesOf(std::vector<Row>* rows, EngineTimer::Mix mix) {
+  const bool in_one_pass = mix != EngineTimer::Mix::kPassPerLevel;
   std::map<int, std::vector<Row*>> passes;
   for (Row& row : *rows) passes[in_one_pass ? 0 : row.level].push_back(&row);
   std::vector<std::vector<Row*>> list;
@@ -168,11 +176,11 @@ absl::StatusOr<Measurement> EngineTimer::Decode(const DecodeShape& shape) {
     row.next_token = row.sampler.Sample(result.entries[0].values);
     rows.push_back(std::move(row));
   }
-  const std::vector<std::vector<Row*>> passes = PassesOf(&rows, shape.in_one_pass);
+  const std::vector<std::vector<Row*>> passes = PassesOf(&rows, shape.mix);
   const auto start = std::chrono::steady_clock::now();
   for (int64_t step = 0; step < shape.steps; ++step) {
     for (const std::vector<Row*>& pass : passes) {
-      NESTOR_RETURN_IF_ERROR(DecodeStep(engine_, pass, &measurement));
+      NESTOR_RETURN_IF_ERROR(DecodeStep(engine_, pass, shape.mix, &measurement));
     }
   }
   measurement.seconds = SecondsSince(start);

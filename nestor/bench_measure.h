@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <random>
 #include <span>
 #include <vector>
@@ -16,8 +17,9 @@ namespace nestor {
 struct Measurement {
   double seconds = 0;
   int64_t tokens = 0;
-  int64_t weight_bytes = 0;  // counted by the backend during the run, as is the next
-  int64_t flops = 0;         // of linear layers: attention is left out
+  int64_t weight_bytes = 0;              // counted by the backend during the run, as is the next
+  int64_t flops = 0;                     // of linear layers: attention is left out
+  std::map<int, int64_t> rows_by_level;  // as executed; of Decode alone
 
   double tokens_per_second() const { return static_cast<double>(tokens) / seconds; }
   double weight_gbps() const { return static_cast<double>(weight_bytes) / seconds / 1e9; }
@@ -38,12 +40,17 @@ class EngineTimer {
  public:
   explicit EngineTimer(Engine* engine) : engine_(engine) {}
 
+  // How a step with rows at several levels runs.
+  enum class Mix {
+    kAsAsked,        // in one pass
+    kEngineChooses,  // in one pass; the engine may raise rows to any level of the step
+    kPassPerLevel,   // in one pass for every level
+  };
   struct DecodeShape {
     std::vector<int> levels;  // one for each row
     int64_t context = 16;     // random tokens before the first step, not timed
     int64_t steps = 64;
-    // false: each step takes one pass for every level among the rows, instead of one for all.
-    bool in_one_pass = true;
+    Mix mix = Mix::kAsAsked;
   };
   // One token for every row in each of the steps. REQUIRES: context >= 1.
   absl::StatusOr<Measurement> Decode(const DecodeShape& shape);

@@ -66,6 +66,11 @@ class CpuBackend : public Backend {
   void Gather(const Tensor& in, std::span<const int64_t> rows, const Tensor& out) override;
   void Read(const Tensor& in, int64_t row_begin, int64_t rows, float* out) override;
 
+  double bytes_per_flop() const override {
+    // From steps of 1 to 16 rows of SmolLM2-135M at its full level (Zen 4, 2 threads): 157 MB take
+    // 3.3 ms with AVX-512 and 4 ms with AVX2, another row of 270 MFLOP 0.95 and 2.2 ms.
+    return kernels_->int8_gemm != nullptr ? 0.17 : 0.32;
+  }
   LinearCost executed() const override { return linear_.executed(); }
   int64_t resident_weight_bytes() const override { return weights_.allocated_bytes(); }
   int64_t kv_cache_bytes() const override { return attention_.cache_bytes(); }

@@ -15,6 +15,7 @@
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/memory_arena.h"
 #include "kernels/cpu/thread_pool.h"
+#include "kernels/nested_linear.h"
 
 namespace nestor {
 namespace {
@@ -32,10 +33,55 @@ constexpr int kGemmPasses = 12;
 
 // What one thread multiplies.
 struct GemmOperands {
-  AlignedBuffer<float> x;      // [kGemmRows, kGemmDepth]
-  AlignedBuffer<float> panel;  // [kGemmDepth, kPanelOutputs]
-  AlignedBuffer<float> out;    // [kGemmRows, kPanelOutputs]
+  AlignedBuffer<float> x;          // [kGemmRows, kGemmDepth]
+  AlignedBuffer<float> panel;      // [kGemmDepth, kPanelOutputs]
+  AlignedBuffer<int8_t> codes;     // like x
+  AlignedBuffer<float> scales;     // [kGemmRows, kGemmDepth / kGroupSize]
+  AlignedBuffer<int32_t> offsets;  // like scales
+  AlignedBuffer<uint8_t> int8_panel;
+  AlignedBuffer<float> out;  // [kGemmRows, kPanelOutputs]
 };
+
+constexpr int64_t kGemmGroups = kGemmDepth / kGroupSize;
+
+void FillIn(GemmOperands* own) {
+  own->x.GrowTo(kGemmRows * kGemmDepth);
+  own->panel.GrowTo(kGemmDepth * kPanelOutputs);
+  own->codes.GrowTo(kGemmRows * kGemmDepth);
+  own->scales.GrowTo(kGemmRows * kGemmGroups);
+  own->offsets.GrowTo(kGemmRows * kGemmGroups);
+  own->int8_panel.GrowTo(kGemmGroups * kInt8GroupBytes);
+  own->out.GrowTo(kGemmRows * kPanelOutputs);
+  for (int64_t i = 0; i < kGemmRows * kGemmDepth; ++i) {
+    own->x.data()[i] = 0.01F * static_cast<float>(i % 97);
+    own->codes.data()[i] = static_cast<int8_t>(i % 251 - 125);
+  }
+  for (int64_t i = 0; i < kGemmDepth * kPanelOutputs; ++i)
+    own->panel.data()[i] = 0.02F * static_cast<float>(i % 89);
+  std::fill_n(own->scales.data(), kGemmRows * kGemmGroups, 0.5F);
+  for (int64_t g = 0; g < kGemmGroups; ++g) {
+    uint8_t* group = own->int8_panel.data() + g * kInt8GroupBytes;
+    const int64_t num_codes = kGroupSize * kPanelOutputs;
+    for (int64_t i = 0; i < num_codes; ++i) group[i] = static_cast<uint8_t>(i % 255);
+    std::fill_n(reinterpret_cast<float*>(group + num_codes), kPanelOutputs, 0.25F);
+  }
+}
+
+// One panel times the rows, in the arithmetic that the instruction set is fastest at.
+void Multiply(const CpuKernels& kernels, GemmOperands* own) {
+  if (kernels.int8_gemm == nullptr) {
+    kernels.gemm(own->x.data(), kGemmDepth, kGemmRows, kGemmDepth, own->panel.data(),
+                 /*bias=*/nullptr, own->out.data(), kPanelOutputs, kPanelOutputs, /*adds=*/false);
+    return;
+  }
+  const QuantisedRows rows = {.codes = own->codes.data(),
+                              .code_stride = kGemmDepth,
+                              .scales = own->scales.data(),
+                              .offsets = own->offsets.data(),
+                              .scale_stride = kGemmGroups};
+  kernels.int8_gemm(rows, kGemmRows, kGemmGroups, own->int8_panel.data(), /*bias=*/nullptr,
+                    own->out.data(), kPanelOutputs, kPanelOutputs, /*adds=*/false);
+}
 
 // Eight independent sums, so that loads and not additions set the pace.
 uint64_t SumOf(const uint64_t* words, int64_t count) {
@@ -83,18 +129,11 @@ absl::StatusOr<double> MeasureReadBandwidth(int threads) {
   return best;
 }
 
-absl::StatusOr<double> MeasureGemmRate(int threads) {
+absl::StatusOr<double> MeasureGemmRate(int threads, CpuInstructionSet instruction_set) {
   NESTOR_RETURN_IF_ERROR(CheckThreads(threads));
-  const CpuKernels& kernels =
-      BestInstructionSet() == CpuInstructionSet::kAvx2 ? Avx2Kernels() : PortableKernels();
+  const CpuKernels& kernels = KernelsFor(instruction_set);
   std::vector<GemmOperands> operands(threads);
-  for (GemmOperands& own : operands) {
-    own.x.GrowTo(kGemmRows * kGemmDepth);
-    own.panel.GrowTo(kGemmDepth * kPanelOutputs);
-    own.out.GrowTo(kGemmRows * kPanelOutputs);
-    std::fill_n(own.x.data(), kGemmRows * kGemmDepth, 0.5F);
-    std::fill_n(own.panel.data(), kGemmDepth * kPanelOutputs, 0.25F);
-  }
+  for (GemmOperands& own : operands) FillIn(&own);
   ThreadPool pool(threads);
   const int64_t num_tasks = int64_t{kGemmTasks} * threads;
   const double flops =
@@ -103,12 +142,7 @@ absl::StatusOr<double> MeasureGemmRate(int threads) {
   for (int pass = 0; pass < kGemmPasses; ++pass) {
     const auto start = std::chrono::steady_clock::now();
     pool.Run(num_tasks, [&](int64_t, int thread) {
-      GemmOperands& own = operands[thread];
-      for (int64_t panel = 0; panel < kGemmPanels; ++panel) {
-        kernels.gemm(own.x.data(), kGemmDepth, kGemmRows, kGemmDepth, own.panel.data(),
-                     /*bias=*/nullptr, own.out.data(), kPanelOutputs, kPanelOutputs,
-                     /*adds=*/false);
-      }
+      for (int64_t panel = 0; panel < kGemmPanels; ++panel) Multiply(kernels, &operands[thread]);
     });
     const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
     best = std::max(best, flops / elapsed.count() * 1e-9);

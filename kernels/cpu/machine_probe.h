@@ -1,6 +1,7 @@
 #pragma once
 
 #include "absl/status/statusor.h"
+#include "kernels/cpu/cpu_info.h"
 
 namespace nestor {
 
@@ -10,9 +11,10 @@ namespace nestor {
 // threads < 1.
 absl::StatusOr<double> MeasureReadBandwidth(int threads);
 
-// Rate of matrix products in GFLOP/s with `threads` threads: the backend's fp32 kernel on operands
+// Rate of matrix products in GFLOP/s with `threads` threads: the kernel that steps of many rows
+// multiply planes with (int8 where the instruction set has its dot product, else fp32), on operands
 // that stay in each thread's cache; the best of several passes, taking about a quarter of a second.
-// INVALID_ARGUMENT for threads < 1.
-absl::StatusOr<double> MeasureGemmRate(int threads);
+// INVALID_ARGUMENT for threads < 1. REQUIRES: the machine has `instruction_set`.
+absl::StatusOr<double> MeasureGemmRate(int threads, CpuInstructionSet instruction_set);
 
 }  // namespace nestor

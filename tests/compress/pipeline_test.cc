@@ -199,6 +199,51 @@ TEST_P(ArtifactTest, OpensAndEveryLevelEqualsTheReference) {
   EXPECT_FALSE(fs::exists(options.output + ".calibration"));
 }
 
+// One token for each of two sequences, at `levels`.
+std::vector<StepResult::Entry> StepOfTwo(Engine* engine, const std::vector<int>& levels,
+                                         LevelSet may_run,
+                                         std::vector<std::vector<float>>* logits) {
+  const std::vector<int32_t> token = {65};
+  StepPlan plan;
+  for (const int level : levels) {
+    plan.entries.push_back({.sequence = engine->AddSequence(4).value(),
+                            .tokens = token,
+                            .level = level,
+                            .may_run = may_run,
+                            .output = StepEntry::Output::kLastLogits});
+  }
+  const StepResult result = engine->Step(plan).value();
+  logits->clear();
+  for (const StepResult::Entry& entry : result.entries)
+    logits->emplace_back(entry.values.begin(), entry.values.end());
+  for (const StepEntry& entry : plan.entries) engine->RemoveSequence(entry.sequence);
+  return result.entries;
+}
+
+TEST_F(PipelineTest, ARowRunsAtABetterLevelThatItsStepReadsAnywayWhereItMay) {
+  CompressOptions options = Options("llama");
+  options.ladder = LadderChoice::kBoth;
+  ASSERT_TRUE(Compress(options).ok());
+  const std::unique_ptr<Engine> engine = OpenArtifact(options.output, MakeCpu);
+  ASSERT_NE(engine, nullptr);
+  const std::vector<Level>& levels = engine->model().levels();
+  const int full = static_cast<int>(levels.size()) - 1;
+  std::vector<std::vector<float>> logits;
+  for (int low = 0; low < full; ++low) {
+    SCOPED_TRACE(low);
+    EXPECT_EQ(StepOfTwo(engine.get(), {low, full}, 0, &logits)[0].executed_level, low);
+    // Another level of the set that no row runs is no reason to move.
+    EXPECT_EQ(StepOfTwo(engine.get(), {low, low}, SetOf(full), &logits)[0].executed_level, low);
+    const auto raised = StepOfTwo(engine.get(), {low, full}, SetOf(full), &logits);
+    const bool is_better = levels[low].metrics.quality <= levels[full].metrics.quality;
+    EXPECT_EQ(raised[0].executed_level, is_better ? full : low);
+    EXPECT_EQ(raised[1].executed_level, full);
+    if (is_better) {
+      EXPECT_EQ(logits[0], logits[1]);
+    }
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(
     Kinds, ArtifactTest,
     testing::Values(

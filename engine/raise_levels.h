@@ -1,0 +1,52 @@
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <unordered_map>
+#include <vector>
+
+#include "engine/nested_model.h"
+
+namespace nestor {
+
+// Levels as a set of bits; a model with more than 64 levels has none beyond the 64th in it.
+using LevelSet = uint64_t;
+inline constexpr int kMaxLevelsInSet = 64;
+inline LevelSet SetOf(int level) { return level < kMaxLevelsInSet ? LevelSet{1} << level : 0; }
+
+// Decides at which level each entry of a step runs: at the one it asks for, or at a better one that
+// the step reads anyway.
+//
+// A step takes about the time of its bytes, read once for all rows, plus that of its FLOPs. Where
+// one row runs the full level, a residual row beside it reads factors and multiplies by them for
+// nothing: the dense weights are there, and cost it less. A prefix row saves FLOPs, which pays only
+// from some number of rows on.
+class LevelRaiser {
+ public:
+  // `bytes_per_flop`: bytes that the device reads while it does one FLOP (Backend). `model` is
+  // borrowed.
+  LevelRaiser(const NestedModel* model, double bytes_per_flop)
+      : model_(model), bytes_per_flop_(bytes_per_flop) {}
+
+  struct Entry {
+    int64_t rows = 0;
+    int level = 0;
+    LevelSet may_run = 0;  // besides `level`
+  };
+  // Sets `level` of the entries to what they run at: one of the levels asked for in the step, of no
+  // less quality than their own and in their set, wherever that makes the step cheaper.
+  void Raise(std::span<Entry> entries);
+
+  // Bytes of a pass over rows at `levels`, each part read once. Layers and the head alike.
+  int64_t BytesOf(LevelSet levels);
+
+ private:
+  double CostOf(std::span<const Entry> entries, int target);
+  static bool Moves(const NestedModel& model, const Entry& entry, int target);
+
+  const NestedModel* const model_;
+  const double bytes_per_flop_;
+  std::unordered_map<LevelSet, int64_t> bytes_;  // of the sets seen
+};
+
+}  // namespace nestor
