@@ -46,11 +46,13 @@ int64_t LevelRaiser::BytesOf(LevelSet levels) {
 }
 
 bool LevelRaiser::Moves(const NestedModel& model, const Entry& entry, int target) {
-  if (entry.level == target || (entry.may_run & SetOf(target)) == 0) return false;
-  const auto quality = [&](int level) {
-    return model.levels()[static_cast<size_t>(level)].metrics.quality;
-  };
-  return quality(target) >= quality(entry.level);
+  const int full = static_cast<int>(model.levels().size()) - 1;
+  if (entry.level == target || entry.level == full) return false;
+  if ((entry.may_run & SetOf(target)) == 0) return false;
+  const Level& from = model.levels()[static_cast<size_t>(entry.level)];
+  const Level& to = model.levels()[static_cast<size_t>(target)];
+  if (from.ladder == to.ladder) return target > entry.level;
+  return target == full || to.metrics.quality > from.metrics.quality;
 }
 
 double LevelRaiser::CostOf(std::span<const Entry> entries, int target) {

@@ -33,8 +33,9 @@ class LevelRaiser {
     int level = 0;
     LevelSet may_run = 0;  // besides `level`
   };
-  // Sets `level` of the entries to what they run at: one of the levels asked for in the step, of no
-  // less quality than their own and in their set, wherever that makes the step cheaper.
+  // Sets `level` of the entries to what they run at: a level that is asked for in the step, is in
+  // their set and is better (above theirs on its ladder, the full one, or of higher quality),
+  // wherever that does not make the step dearer.
   void Raise(std::span<Entry> entries);
 
   // Bytes of a pass over rows at `levels`, each part read once. Layers and the head alike.

@@ -15,7 +15,7 @@ namespace nestor {
 //   fine panel    16 outputs: [groups] x 4 lines of codes = 256 bytes each
 //     A line c holds for each output o and i < 4, at byte 4 o + i, the code of input 4 c + i in the
 //     low nibble and of input 16 + 4 c + i in the high one, each plus 8.
-//   B panel       32 outputs: [rank][32] int8 and [rank] bf16 scales
+//   B panel       32 outputs: [rank / 2][32][2] int8, pairs of components, and [rank] bf16 scales
 //   bf16 panel    16 outputs: [in][16]; element 2 i is output i, element 2 i + 1 output 8 + i
 // and, unpacked for many rows:
 //   fp32 panel    16 outputs: [in][16]
@@ -55,6 +55,12 @@ struct FloatRow {
   int64_t index = 0;
 };
 
+// The largest magnitude that factor_b rounds z to.
+inline constexpr int64_t LargestZ(int64_t rank) {
+  const int64_t bound = INT32_MAX / (127 * (rank + 1));
+  return bound < 32767 ? bound : 32767;
+}
+
 struct CpuKernels {
   CpuInstructionSet instruction_set;
 
@@ -70,7 +76,9 @@ struct CpuKernels {
   // z[i] = one row of A times rows[i], i < num_rows.
   void (*factor_a)(const int8_t* a, const uint16_t* scales, int64_t groups,
                    const QuantisedRow* rows, int num_rows, float* z);
-  // out[index][0..31] += the first `rank` rows of the B panel, weighted by rows' z. `scratch` holds
+  // out[index][0..31] += the first `rank` components of the B panel, weighted by rows' z: z times
+  // the components' scales is rounded to integers below min(32767, 2^31 / (127 rank)), so that sums
+  // are exact in 32 bits. z that is not finite makes every output NaN. `scratch` holds
   // 4 * (rank rounded up to 16) floats; z and scales may be read up to a multiple of 8.
   void (*factor_b)(const int8_t* panel, const uint16_t* scales, int64_t rank, const FloatRow* rows,
                    int num_rows, float* scratch, float* out);
@@ -86,7 +94,7 @@ struct CpuKernels {
   // 32 * groups inputs of `count` <= 16 components of A, the rest being zeros.
   void (*panel_from_a)(const int8_t* a, int64_t stride, const uint16_t* scales,
                        int64_t scale_stride, int64_t count, int64_t groups, float* panel);
-  // `rank` components of 16 outputs of a B panel, from `b` on.
+  // `rank` components of 16 outputs of a B panel, from `b` on: the first of a pair for the first.
   void (*panel_from_b)(const int8_t* b, const uint16_t* scales, int64_t rank, float* panel);
   void (*panel_from_bf16)(const uint16_t* values, int64_t depth, float* panel);
   // `count` <= 16 rows of `weights`, the rest being zeros.

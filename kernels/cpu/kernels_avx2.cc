@@ -247,70 +247,112 @@ void FactorA(const int8_t* a, const uint16_t* scales, int64_t groups, const Quan
   if (num_rows == 1) FactorATile<1>(a, scales, groups, rows, z);
 }
 
-// T rows, V vectors of 8 outputs from `panel` on.
+// T rows, V vectors of 8 outputs from `panel` on; z are pairs of 16-bit integers.
 template <int T, int V>
-void FactorBTile(const int8_t* panel, int64_t rank, const float* const* weights,
+void FactorBTile(const int8_t* panel, int64_t pairs, const int32_t* const* z, const float* scales,
                  float* const* out) {
-  __m256 sums[T][V];
+  __m256i sums[T][V];
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t) {
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) sums[t][v] = _mm256_setzero_ps();
+    for (int v = 0; v < V; ++v) sums[t][v] = _mm256_setzero_si256();
   }
-  for (int64_t k = 0; k < rank; ++k) {
-    __m256 b[V];
+  for (int64_t k = 0; k < pairs; ++k) {
+    __m256i b[V];
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) b[v] = FloatsFromInt8(panel + k * kUnitOutputs + 8 * v);
+    for (int v = 0; v < V; ++v) {
+      const int8_t* codes = panel + k * 2 * kUnitOutputs + 16 * v;
+      b[v] = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+    }
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
-      const __m256 weight = _mm256_broadcast_ss(weights[t] + k);
+      const __m256i weights = _mm256_set1_epi32(z[t][k]);
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) sums[t][v] = _mm256_fmadd_ps(b[v], weight, sums[t][v]);
+      for (int v = 0; v < V; ++v)
+        sums[t][v] = _mm256_add_epi32(sums[t][v], _mm256_madd_epi16(b[v], weights));
     }
   }
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t) {
+    const __m256 scale = _mm256_set1_ps(scales[t]);
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
       float* at = out[t] + 8 * v;
-      _mm256_storeu_ps(at, _mm256_add_ps(_mm256_loadu_ps(at), sums[t][v]));
+      _mm256_storeu_ps(at,
+                       _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[t][v]), scale, _mm256_loadu_ps(at)));
     }
   }
 }
 
 // 2 vectors for many rows, 4 for few: what keeps enough sums in flight without spilling.
 template <int T>
-void FactorBRows(const int8_t* panel, int64_t rank, const float* const* weights,
+void FactorBRows(const int8_t* panel, int64_t pairs, const int32_t* const* z, const float* scales,
                  float* const* out) {
   constexpr int kVectors = T <= 2 ? 4 : 2;
   float* at[T];
   for (int v = 0; v < 4; v += kVectors) {
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) at[t] = out[t] + 8 * v;
-    FactorBTile<T, kVectors>(panel + 8 * v, rank, weights, at);
+    FactorBTile<T, kVectors>(panel + 16 * v, pairs, z, scales, at);
   }
+}
+
+// z times the scales, as 16-bit integers times the scale that is returned: NaN where one is not
+// finite. `rounded` takes rank rounded up to 16 of them, zeros behind the last.
+float RoundZ(const uint16_t* scales, const float* z, int64_t rank, float* scratch,
+             int16_t* rounded) {
+  __m256i largest = _mm256_setzero_si256();
+  for (int64_t k = 0; k < rank; k += 8) {
+    const __m256i mask = LaneMask(rank - k);
+    const __m256 value =
+        _mm256_and_ps(_mm256_mul_ps(FloatsFromBfloat16(scales + k), _mm256_loadu_ps(z + k)),
+                      _mm256_castsi256_ps(mask));
+    _mm256_storeu_ps(scratch + k, value);
+    largest = _mm256_max_epi32(
+        largest, _mm256_and_si256(_mm256_castps_si256(value), _mm256_set1_epi32(0x7fffffff)));
+  }
+  const int32_t largest_bits = MaxInt(largest);
+  const float absmax = _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(largest_bits)));
+  const bool is_finite = largest_bits < 0x7f800000;
+  const float limit = static_cast<float>(LargestZ(rank));
+  const bool is_zero = !is_finite || absmax < 1e-30f;
+  const __m256 inverse = _mm256_set1_ps(is_zero ? 0.0f : limit / absmax);
+  for (int64_t k = 0; k < rank; k += 16) {
+    __m256i q[2];
+#pragma GCC unroll 8
+    for (int i = 0; i < 2; ++i) {
+      q[i] = _mm256_setzero_si256();
+      if (k + 8 * i < rank && !is_zero)
+        q[i] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(scratch + k + 8 * i), inverse));
+    }
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi32(q[0], q[1]), 0xd8);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(rounded + k), packed);
+  }
+  if (!is_finite) return __builtin_nanf("");
+  return absmax / limit;
 }
 
 void FactorB(const int8_t* panel, const uint16_t* scales, int64_t rank, const FloatRow* rows,
              int num_rows, float* scratch, float* out) {
-  const int64_t padded_rank = (rank + 7) / 8 * 8;
+  // Floats are rounded in place: what is written lies before what is read.
+  const int64_t padded_rank = (rank + 15) / 16 * 16;
+  const int64_t pairs = (rank + 1) / 2;
   for (int begin = 0; begin < num_rows; begin += 4) {
     const int count = static_cast<int>(Min(4, num_rows - begin));
-    const float* weights[4];
+    const int32_t* z[4];
+    float row_scales[4];
     float* at[4];
     for (int t = 0; t < count; ++t) {
       const FloatRow& row = rows[begin + t];
-      float* scaled = scratch + t * padded_rank;
-      for (int64_t k = 0; k < rank; k += 8)
-        _mm256_storeu_ps(scaled + k, _mm256_mul_ps(FloatsFromBfloat16(scales + k),
-                                                   _mm256_loadu_ps(row.values + k)));
-      weights[t] = scaled;
+      float* own = scratch + t * padded_rank;
+      row_scales[t] = RoundZ(scales, row.values, rank, own, reinterpret_cast<int16_t*>(own));
+      z[t] = reinterpret_cast<const int32_t*>(own);
       at[t] = out + row.index * kUnitOutputs;
     }
-    if (count == 4) FactorBRows<4>(panel, rank, weights, at);
-    if (count == 3) FactorBRows<3>(panel, rank, weights, at);
-    if (count == 2) FactorBRows<2>(panel, rank, weights, at);
-    if (count == 1) FactorBRows<1>(panel, rank, weights, at);
+    if (count == 4) FactorBRows<4>(panel, pairs, z, row_scales, at);
+    if (count == 3) FactorBRows<3>(panel, pairs, z, row_scales, at);
+    if (count == 2) FactorBRows<2>(panel, pairs, z, row_scales, at);
+    if (count == 1) FactorBRows<1>(panel, pairs, z, row_scales, at);
   }
 }
 
@@ -478,12 +520,20 @@ void PanelFromA(const int8_t* a, int64_t stride, const uint16_t* scales, int64_t
 }
 
 void PanelFromB(const int8_t* b, const uint16_t* scales, int64_t rank, float* panel) {
-  for (int64_t k = 0; k < rank; ++k) {
-    const int32_t bits = static_cast<int32_t>(scales[k]) << 16;
-    const __m256 scale = _mm256_castsi256_ps(_mm256_set1_epi32(bits));
-    for (int64_t o = 0; o < kPanelOutputs; o += 8)
-      _mm256_store_ps(panel + k * kPanelOutputs + o,
-                      _mm256_mul_ps(scale, FloatsFromInt8(b + k * kUnitOutputs + o)));
+  for (int64_t k = 0; k < rank; k += 2) {
+    for (int64_t o = 0; o < kPanelOutputs; o += 8) {
+      const int8_t* codes = b + k * kUnitOutputs + 2 * o;
+      const __m256i pairs =
+          _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+      const __m256i components[2] = {_mm256_srai_epi32(_mm256_slli_epi32(pairs, 16), 16),
+                                     _mm256_srai_epi32(pairs, 16)};
+      for (int64_t i = 0; i < Min(2, rank - k); ++i) {
+        const int32_t bits = static_cast<int32_t>(scales[k + i]) << 16;
+        const __m256 scale = _mm256_castsi256_ps(_mm256_set1_epi32(bits));
+        _mm256_store_ps(panel + (k + i) * kPanelOutputs + o,
+                        _mm256_mul_ps(scale, _mm256_cvtepi32_ps(components[i])));
+      }
+    }
   }
 }
 

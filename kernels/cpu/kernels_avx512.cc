@@ -26,11 +26,6 @@ inline __m512 Floats16FromBfloat16(const uint16_t* values) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 
-inline __m512 Floats16FromInt8(const int8_t* values) {
-  const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
-  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes));
-}
-
 inline __m512 ScaleOf(uint16_t bits) {
   return _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int32_t>(bits) << 16));
 }
@@ -225,65 +220,89 @@ void FactorA(const int8_t* a, const uint16_t* scales, int64_t groups, const Quan
   if (num_rows == 1) FactorATile<1>(a, scales, groups, rows, z);
 }
 
+// z are pairs of 16-bit integers.
 template <int T>
-void FactorBTile(const int8_t* panel, int64_t rank, const float* const* weights,
+void FactorBTile(const int8_t* panel, int64_t pairs, const int32_t* const* z, const float* scales,
                  float* const* out) {
-  __m512 sums[T][2][2];  // [row][parity of the component][half]
+  __m512i sums[T][2];
 #pragma GCC unroll 8
-  for (int t = 0; t < T; ++t) {
+  for (int t = 0; t < T; ++t) sums[t][0] = sums[t][1] = _mm512_setzero_si512();
+  for (int64_t k = 0; k < pairs; ++k) {
+    __m512i b[2];
 #pragma GCC unroll 8
-    for (int i = 0; i < 4; ++i) sums[t][i / 2][i % 2] = _mm512_setzero_ps();
-  }
-  const auto add = [&](int64_t k, int parity) __attribute__((always_inline)) {
-    const __m512 first = Floats16FromInt8(panel + k * kUnitOutputs);
-    const __m512 second = Floats16FromInt8(panel + k * kUnitOutputs + 16);
+    for (int half = 0; half < 2; ++half) {
+      const int8_t* codes = panel + (2 * k + half) * kUnitOutputs;
+      b[half] = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
+    }
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
-      const __m512 weight = _mm512_set1_ps(weights[t][k]);
-      sums[t][parity][0] = _mm512_fmadd_ps(first, weight, sums[t][parity][0]);
-      sums[t][parity][1] = _mm512_fmadd_ps(second, weight, sums[t][parity][1]);
+      const __m512i weights = _mm512_set1_epi32(z[t][k]);
+      sums[t][0] = _mm512_dpwssd_epi32(sums[t][0], b[0], weights);
+      sums[t][1] = _mm512_dpwssd_epi32(sums[t][1], b[1], weights);
     }
-  };
-  int64_t k = 0;
-  for (; k + 2 <= rank; k += 2) {
-    add(k, 0);
-    add(k + 1, 1);
   }
-  if (k < rank) add(k, 0);
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t) {
+    const __m512 scale = _mm512_set1_ps(scales[t]);
 #pragma GCC unroll 8
     for (int half = 0; half < 2; ++half) {
       float* at = out[t] + 16 * half;
-      _mm512_storeu_ps(at, _mm512_add_ps(_mm512_loadu_ps(at),
-                                         _mm512_add_ps(sums[t][0][half], sums[t][1][half])));
+      _mm512_storeu_ps(
+          at, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[t][half]), scale, _mm512_loadu_ps(at)));
     }
   }
 }
 
+// z times the scales, as 16-bit integers times the scale that is returned: NaN where one is not
+// finite. `rounded` takes rank rounded up to 16 of them, zeros behind the last.
+float RoundZ(const uint16_t* scales, const float* z, int64_t rank, float* scratch,
+             int16_t* rounded) {
+  __m512i largest = _mm512_setzero_si512();
+  for (int64_t k = 0; k < rank; k += 16) {
+    const __mmask16 mask = LanesOf(Min(16, rank - k));
+    const __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, scales + k));
+    const __m512 value = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)),
+                                       _mm512_maskz_loadu_ps(mask, z + k));
+    _mm512_storeu_ps(scratch + k, value);
+    largest = _mm512_max_epi32(
+        largest, _mm512_and_si512(_mm512_castps_si512(value), _mm512_set1_epi32(0x7fffffff)));
+  }
+  const int32_t largest_bits = _mm512_reduce_max_epi32(largest);
+  const float absmax = _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(largest_bits)));
+  const bool is_finite = largest_bits < 0x7f800000;
+  const float limit = static_cast<float>(LargestZ(rank));
+  const bool is_zero = !is_finite || absmax < 1e-30f;
+  const __m512 inverse = _mm512_set1_ps(is_zero ? 0.0f : limit / absmax);
+  for (int64_t k = 0; k < rank; k += 16) {
+    __m512i q = _mm512_setzero_si512();
+    if (!is_zero) q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(scratch + k), inverse));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(rounded + k), _mm512_cvtsepi32_epi16(q));
+  }
+  if (!is_finite) return __builtin_nanf("");
+  return absmax / limit;
+}
+
 void FactorB(const int8_t* panel, const uint16_t* scales, int64_t rank, const FloatRow* rows,
              int num_rows, float* scratch, float* out) {
+  // Floats are rounded in place: what is written lies before what is read.
   const int64_t padded_rank = (rank + 15) / 16 * 16;
+  const int64_t pairs = (rank + 1) / 2;
   for (int begin = 0; begin < num_rows; begin += 4) {
     const int count = static_cast<int>(Min(4, num_rows - begin));
-    const float* weights[4];
+    const int32_t* z[4];
+    float row_scales[4];
     float* at[4];
     for (int t = 0; t < count; ++t) {
       const FloatRow& row = rows[begin + t];
-      float* scaled = scratch + t * padded_rank;
-      for (int64_t k = 0; k < rank; k += 16) {
-        const __mmask16 mask = LanesOf(Min(16, rank - k));
-        const __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, scales + k));
-        _mm512_storeu_ps(scaled + k, _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)),
-                                                   _mm512_maskz_loadu_ps(mask, row.values + k)));
-      }
-      weights[t] = scaled;
+      float* own = scratch + t * padded_rank;
+      row_scales[t] = RoundZ(scales, row.values, rank, own, reinterpret_cast<int16_t*>(own));
+      z[t] = reinterpret_cast<const int32_t*>(own);
       at[t] = out + row.index * kUnitOutputs;
     }
-    if (count == 4) FactorBTile<4>(panel, rank, weights, at);
-    if (count == 3) FactorBTile<3>(panel, rank, weights, at);
-    if (count == 2) FactorBTile<2>(panel, rank, weights, at);
-    if (count == 1) FactorBTile<1>(panel, rank, weights, at);
+    if (count == 4) FactorBTile<4>(panel, pairs, z, row_scales, at);
+    if (count == 3) FactorBTile<3>(panel, pairs, z, row_scales, at);
+    if (count == 2) FactorBTile<2>(panel, pairs, z, row_scales, at);
+    if (count == 1) FactorBTile<1>(panel, pairs, z, row_scales, at);
   }
 }
 
@@ -355,24 +374,53 @@ void Int8PanelFromPlanes(const uint8_t* coarse, const uint8_t* fine, int64_t gro
   }
 }
 
+// Words of 4 bytes: columns become rows.
+inline void Transpose8Words(__m256i* rows) {
+  __m256i a[8];
+  __m256i b[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 4; ++i) {
+    a[2 * i] = _mm256_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
+    a[2 * i + 1] = _mm256_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 2; ++i) {
+    b[4 * i] = _mm256_unpacklo_epi64(a[4 * i], a[4 * i + 2]);
+    b[4 * i + 1] = _mm256_unpackhi_epi64(a[4 * i], a[4 * i + 2]);
+    b[4 * i + 2] = _mm256_unpacklo_epi64(a[4 * i + 1], a[4 * i + 3]);
+    b[4 * i + 3] = _mm256_unpackhi_epi64(a[4 * i + 1], a[4 * i + 3]);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 4; ++i) {
+    rows[i] = _mm256_permute2x128_si256(b[i], b[i + 4], 0x20);
+    rows[i + 4] = _mm256_permute2x128_si256(b[i], b[i + 4], 0x31);
+  }
+}
+
 void Int8PanelFromA(const int8_t* a, int64_t stride, const uint16_t* scales, int64_t scale_stride,
                     int64_t count, int64_t groups, uint8_t* panel) {
+  const __m256i sign = _mm256_set1_epi8(static_cast<char>(0x80));
   for (int64_t g = 0; g < groups; ++g, panel += kInt8GroupBytes) {
-    alignas(64) float group_scales[kPanelOutputs] = {};
-    for (int64_t k = 0; k < kPanelOutputs; ++k) {
-      // 8 words of 4 inputs, one to each line.
-      uint64_t words[4] = {};
-      if (k < count) {
-        __builtin_memcpy(words, a + k * stride + g * kGroup, kGroup);
-        const uint32_t bits = static_cast<uint32_t>(scales[k * scale_stride + g]) << 16;
-        __builtin_memcpy(&group_scales[k], &bits, sizeof(bits));
+    alignas(64) uint32_t group_scales[kPanelOutputs] = {};
+    for (int64_t k = 0; k < count; ++k)
+      group_scales[k] = static_cast<uint32_t>(scales[k * scale_stride + g]) << 16;
+#pragma GCC unroll 8
+    for (int64_t half = 0; half < 2; ++half) {
+      __m256i rows[8];  // of 8 components: 8 words of 4 inputs, one to each line
+#pragma GCC unroll 8
+      for (int64_t i = 0; i < 8; ++i) {
+        const int64_t k = 8 * half + i;
+        const int8_t* codes = a + (k < count ? k : 0) * stride + g * kGroup;
+        rows[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
       }
-      for (int64_t c = 0; c < 8; ++c) {
-        const auto word = static_cast<uint32_t>(words[c / 2] >> (32 * (c % 2))) ^ 0x80808080u;
-        __builtin_memcpy(panel + c * kLineBytes + 4 * k, &word, sizeof(word));
-      }
+      Transpose8Words(rows);
+#pragma GCC unroll 8
+      for (int64_t c = 0; c < 8; ++c)
+        _mm256_store_si256(reinterpret_cast<__m256i*>(panel + c * kLineBytes + 32 * half),
+                           _mm256_xor_si256(rows[c], sign));
     }
-    WriteScales(_mm512_load_ps(group_scales), panel);
+    // Components from `count` on are copies of the first with the scale 0.
+    WriteScales(_mm512_castsi512_ps(_mm512_load_si512(group_scales)), panel);
   }
 }
 
@@ -456,10 +504,24 @@ void Gemm(const float* x, int64_t x_stride, int64_t rows, int64_t depth, const f
   }
 }
 
+// Components k and k + 1 of 16 outputs of a B panel, as floats.
+inline void LoadPair(const int8_t* b, int64_t k, __m512* first, __m512* second) {
+  const int8_t* codes = b + k * kUnitOutputs;
+  const __m512i pairs =
+      _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
+  *first = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(pairs, 16), 16));
+  *second = _mm512_cvtepi32_ps(_mm512_srai_epi32(pairs, 16));
+}
+
 void PanelFromB(const int8_t* b, const uint16_t* scales, int64_t rank, float* panel) {
-  for (int64_t k = 0; k < rank; ++k)
-    _mm512_store_ps(panel + k * kPanelOutputs,
-                    _mm512_mul_ps(ScaleOf(scales[k]), Floats16FromInt8(b + k * kUnitOutputs)));
+  for (int64_t k = 0; k < rank; k += 2) {
+    __m512 first;
+    __m512 second;
+    LoadPair(b, k, &first, &second);
+    _mm512_store_ps(panel + k * kPanelOutputs, _mm512_mul_ps(ScaleOf(scales[k]), first));
+    if (k + 1 == rank) break;
+    _mm512_store_ps(panel + (k + 1) * kPanelOutputs, _mm512_mul_ps(ScaleOf(scales[k + 1]), second));
+  }
 }
 
 CpuKernels MakeKernels() {

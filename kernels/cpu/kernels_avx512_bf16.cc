@@ -17,11 +17,6 @@ inline __mmask16 LanesOf(int64_t outputs) {
   return static_cast<__mmask16>((1u << static_cast<unsigned>(outputs)) - 1u);
 }
 
-inline __m512 Floats16FromInt8(const int8_t* values) {
-  const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
-  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes));
-}
-
 inline __m512 ScaleOf(uint16_t bits) {
   return _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int32_t>(bits) << 16));
 }
@@ -44,10 +39,16 @@ inline __m512i PairUp(__m512i halves) {
 
 void PanelFromB(const int8_t* b, const uint16_t* scales, int64_t rank, uint16_t* panel) {
   for (int64_t k = 0; k < rank; k += 2) {
-    const __m512 first = _mm512_mul_ps(ScaleOf(scales[k]), Floats16FromInt8(b + k * kUnitOutputs));
+    const int8_t* codes = b + k * kUnitOutputs;
+    const __m512i pairs =
+        _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
+    const __m512 first =
+        _mm512_mul_ps(ScaleOf(scales[k]),
+                      _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(pairs, 16), 16)));
     __m512 second = _mm512_setzero_ps();
     if (k + 1 < rank)
-      second = _mm512_mul_ps(ScaleOf(scales[k + 1]), Floats16FromInt8(b + (k + 1) * kUnitOutputs));
+      second =
+          _mm512_mul_ps(ScaleOf(scales[k + 1]), _mm512_cvtepi32_ps(_mm512_srai_epi32(pairs, 16)));
     const __m512i halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));
     _mm512_store_si512(panel + k * kPanelOutputs, PairUp(halves));
   }

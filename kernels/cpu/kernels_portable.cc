@@ -98,16 +98,35 @@ void FactorA(const int8_t* a, const uint16_t* scales, int64_t groups, const Quan
   }
 }
 
+// Component k of output o in a B panel.
+int8_t ComponentOf(const int8_t* panel, int64_t k, int64_t o) {
+  return panel[k / 2 * 2 * kUnitOutputs + 2 * o + k % 2];
+}
+
 void FactorB(const int8_t* panel, const uint16_t* scales, int64_t rank, const FloatRow* rows,
-             int num_rows, float* /*scratch*/, float* out) {
+             int num_rows, float* scratch, float* out) {
+  const auto limit = static_cast<float>(LargestZ(rank));
   for (int i = 0; i < num_rows; ++i) {
-    float sums[kUnitOutputs] = {};
+    float largest = 0;
+    bool is_finite = true;
     for (int64_t k = 0; k < rank; ++k) {
-      const float z = FloatFromBfloat16(scales[k]) * rows[i].values[k];
-      for (int64_t o = 0; o < kUnitOutputs; ++o)
-        sums[o] += static_cast<float>(panel[k * kUnitOutputs + o]) * z;
+      scratch[k] = FloatFromBfloat16(scales[k]) * rows[i].values[k];
+      is_finite = is_finite && std::isfinite(scratch[k]);
+      largest = std::max(largest, std::fabs(scratch[k]));
     }
-    for (int64_t o = 0; o < kUnitOutputs; ++o) out[rows[i].index * kUnitOutputs + o] += sums[o];
+    float* row = out + rows[i].index * kUnitOutputs;
+    if (!is_finite) {
+      std::fill_n(row, kUnitOutputs, std::numeric_limits<float>::quiet_NaN());
+      continue;
+    }
+    if (largest < 1e-30f) continue;
+    int32_t sums[kUnitOutputs] = {};
+    for (int64_t k = 0; k < rank; ++k) {
+      const auto z = static_cast<int32_t>(std::nearbyint(scratch[k] * (limit / largest)));
+      for (int64_t o = 0; o < kUnitOutputs; ++o) sums[o] += z * ComponentOf(panel, k, o);
+    }
+    for (int64_t o = 0; o < kUnitOutputs; ++o)
+      row[o] += static_cast<float>(sums[o]) * (largest / limit);
   }
 }
 
@@ -157,7 +176,7 @@ void PanelFromB(const int8_t* b, const uint16_t* scales, int64_t rank, float* pa
   for (int64_t k = 0; k < rank; ++k) {
     for (int64_t o = 0; o < kPanelOutputs; ++o)
       panel[k * kPanelOutputs + o] =
-          FloatFromBfloat16(scales[k]) * static_cast<float>(b[k * kUnitOutputs + o]);
+          FloatFromBfloat16(scales[k]) * static_cast<float>(ComponentOf(b, k, o));
   }
 }
 

@@ -336,7 +336,8 @@ void LinearRunner::MultiplyByB(const LinearCall& call, const PartPlan& plan,
       // Residual rows have their bias, and an output to add to, from the coarse plane.
       const bool is_first = is_prefix && begin == 0;
       const float* bias = is_first && layer.bias != nullptr ? layer.bias + first : nullptr;
-      const int8_t* codes = segment.Panel(unit) + skipped * kUnitOutputs + first % kUnitOutputs;
+      const int8_t* codes =
+          segment.Panel(unit) + skipped * kUnitOutputs + 2 * (first % kUnitOutputs);
       const uint16_t* scales = segment.PanelScales(unit) + skipped;
       auto* floats = reinterpret_cast<float*>(state.panel);
       auto* pairs = reinterpret_cast<uint16_t*>(state.panel);

@@ -84,16 +84,20 @@ absl::StatusOr<const uint16_t*> PackBf16(const LinearWeights& weights, MemoryAre
 absl::StatusOr<BSegment> PackSegment(const FactorView& view, int64_t out, int64_t begin,
                                      int64_t size, MemoryArena* arena) {
   const int64_t panels = NumGroups(out);
-  NESTOR_ASSIGN_OR_RETURN(int8_t * codes, arena->Allocate<int8_t>(panels * size * kGroupSize));
+  BSegment segment = {.begin = begin, .size = size};
+  NESTOR_ASSIGN_OR_RETURN(int8_t * codes, arena->Allocate<int8_t>(panels * segment.PanelBytes()));
   NESTOR_ASSIGN_OR_RETURN(uint16_t * scales, arena->Allocate<uint16_t>(panels * size));
   for (int64_t k = 0; k < size; ++k) {
     for (int64_t p = 0; p < panels; ++p) {
-      std::memcpy(codes + (p * size + k) * kGroupSize,
-                  view.bt + ((begin + k) * panels + p) * kGroupSize, kGroupSize);
+      const int8_t* stored = view.bt + ((begin + k) * panels + p) * kGroupSize;
+      int8_t* pair = codes + p * segment.PanelBytes() + k / 2 * 2 * kGroupSize;
+      for (int64_t o = 0; o < kGroupSize; ++o) pair[2 * o + k % 2] = stored[o];
       scales[p * size + k] = view.bt_scales[(begin + k) * panels + p];
     }
   }
-  return BSegment{.begin = begin, .size = size, .codes = codes, .scales = scales};
+  segment.codes = codes;
+  segment.scales = scales;
+  return segment;
 }
 
 absl::StatusOr<PackedFactors> PackFactors(const FactorView& view, int64_t out, int64_t in,

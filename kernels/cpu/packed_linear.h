@@ -10,14 +10,15 @@
 namespace nestor {
 
 // Components [begin, begin + size) of B, for 32 outputs after 32 outputs:
-// [NumGroups(out)][size][32].
+// [NumGroups(out)][size rounded up to pairs / 2][32][2], zeros behind an odd last one.
 struct BSegment {
   int64_t begin = 0;
   int64_t size = 0;
   const int8_t* codes = nullptr;
   const uint16_t* scales = nullptr;  // bf16 [NumGroups(out)][size]
 
-  const int8_t* Panel(int64_t unit) const { return codes + unit * size * kGroupSize; }
+  int64_t PanelBytes() const { return (size + 1) / 2 * 2 * kGroupSize; }
+  const int8_t* Panel(int64_t unit) const { return codes + unit * PanelBytes(); }
   const uint16_t* PanelScales(int64_t unit) const { return scales + unit * size; }
 };
 

@@ -186,10 +186,10 @@ TEST_P(ArtifactTest, OpensAndEveryLevelEqualsTheReference) {
               0.1)
         << "level " << i;
     if (cpu->model().spec().is_encoder()) continue;
-    // What is left is an activation that rounds to the neighbouring code.
+    // What is left is an activation that rounds to the neighbouring code, and z as integers.
     EXPECT_LT(
         LargestDifference(cpu.get(), rounding.get(), level, RandomText(20, 3), {2, 7, kFewRows}),
-        5e-3)
+        1e-2)
         << "level " << i;
   }
   EXPECT_EQ(levels.back().ladder, "full");
@@ -226,8 +226,7 @@ TEST_F(PipelineTest, ARowRunsAtABetterLevelThatItsStepReadsAnywayWhereItMay) {
   ASSERT_TRUE(Compress(options).ok());
   const std::unique_ptr<Engine> engine = OpenArtifact(options.output, MakeCpu);
   ASSERT_NE(engine, nullptr);
-  const std::vector<Level>& levels = engine->model().levels();
-  const int full = static_cast<int>(levels.size()) - 1;
+  const int full = static_cast<int>(engine->model().levels().size()) - 1;
   std::vector<std::vector<float>> logits;
   for (int low = 0; low < full; ++low) {
     SCOPED_TRACE(low);
@@ -235,12 +234,9 @@ TEST_F(PipelineTest, ARowRunsAtABetterLevelThatItsStepReadsAnywayWhereItMay) {
     // Another level of the set that no row runs is no reason to move.
     EXPECT_EQ(StepOfTwo(engine.get(), {low, low}, SetOf(full), &logits)[0].executed_level, low);
     const auto raised = StepOfTwo(engine.get(), {low, full}, SetOf(full), &logits);
-    const bool is_better = levels[low].metrics.quality <= levels[full].metrics.quality;
-    EXPECT_EQ(raised[0].executed_level, is_better ? full : low);
+    EXPECT_EQ(raised[0].executed_level, full);
     EXPECT_EQ(raised[1].executed_level, full);
-    if (is_better) {
-      EXPECT_EQ(logits[0], logits[1]);
-    }
+    EXPECT_EQ(logits[0], logits[1]);
   }
 }
 

@@ -126,11 +126,13 @@ TEST_P(LinearForms, EqualsTheReferenceForAnyNumberOfRows) {
       const std::vector<double> row(x.begin() + t * c.shape.in, x.begin() + (t + 1) * c.shape.in);
       const std::vector<double> magnitude = layer.Magnitude(c.form, c.rank, row);
       const std::vector<double> in_bf16 = Bf16Tolerance(layer, rows, row);
+      std::vector<double> of_z(c.shape.out);
+      if (rows <= kMaxFewRows) of_z = layer.RoundingOfZ(c.form, c.rank, row);
       const std::vector<double> rounding =
           layer.Magnitude(c.form, c.rank, RoundingOf(x.data() + t * c.shape.in, c.shape.in));
       for (int64_t i = 0; i < c.shape.out; ++i) {
         const double sum = magnitude[i] + std::abs(initial[t * c.shape.out + i]);
-        tolerance.push_back(RoundingUnits(c) * sum + in_bf16[i]);
+        tolerance.push_back(RoundingUnits(c) * sum + in_bf16[i] + of_z[i]);
         exact_tolerance.push_back(tolerance.back() +
                                   (rounds_activations(rows) ? rounding[i] : 0.0));
       }

@@ -4,6 +4,7 @@
 #include <random>
 
 #include "base/bfloat16.h"
+#include "kernels/cpu/kernels.h"
 
 namespace nestor {
 namespace {
@@ -134,6 +135,33 @@ std::vector<double> RandomLayer::Magnitude(Form form, int64_t rank,
           z * std::abs(FloatFromBfloat16(factors.bt_scales[k * NumGroups(out) + i / kGroupSize]) *
                        factors.bt[k * PaddedToGroup(out) + i]);
     }
+  }
+  return result;
+}
+
+std::vector<double> RandomLayer::RoundingOfZ(Form form, int64_t rank,
+                                             std::span<const double> x) const {
+  std::vector<double> result(shape_.out);
+  if (form == Form::kDense || rank == 0) return result;
+  const Factors& factors = form == Form::kPrefix ? prefix_ : residual_;
+  const int64_t in_groups = NumGroups(shape_.in);
+  std::vector<double> z(rank);
+  for (int64_t k = 0; k < rank; ++k) {
+    for (int64_t j = 0; j < shape_.in; ++j) {
+      z[k] += std::abs(FloatFromBfloat16(factors.a_scales[k * in_groups + j / kGroupSize]) *
+                       factors.a[k * PaddedToGroup(shape_.in) + j] * x[j]);
+    }
+  }
+  for (int64_t i = 0; i < shape_.out; ++i) {
+    double largest = 0;
+    double codes = 0;
+    for (int64_t k = 0; k < rank; ++k) {
+      const double scale =
+          FloatFromBfloat16(factors.bt_scales[k * NumGroups(shape_.out) + i / kGroupSize]);
+      largest = std::max(largest, std::abs(z[k] * scale));
+      codes += std::abs(factors.bt[k * PaddedToGroup(shape_.out) + i]);
+    }
+    result[i] = codes * largest / (2.0 * static_cast<double>(LargestZ(rank)));
   }
   return result;
 }

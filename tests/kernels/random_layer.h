@@ -29,6 +29,10 @@ class RandomLayer {
   // any order of summation are bounded by a multiple of it.
   std::vector<double> Magnitude(Form form, int64_t rank, std::span<const double> x) const;
 
+  // What rounding z times the scales of B to integers of at most LargestZ(rank) may add to an
+  // error: half a step for every component, at the largest magnitude that z can have.
+  std::vector<double> RoundingOfZ(Form form, int64_t rank, std::span<const double> x) const;
+
  private:
   struct Factors {
     int64_t rank = 0;
