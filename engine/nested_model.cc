@@ -344,6 +344,9 @@ absl::StatusOr<FactorView> NestedModel::Factors(size_t layer, Form form) const {
   view.a_scales = Pointer<uint16_t>(a_scales);
   view.bt = Pointer<int8_t>(bt);
   view.bt_scales = Pointer<uint16_t>(bt_scales);
+  for (const Level& level : levels_) {
+    if (level.profile[layer].form == form) view.level_ranks.push_back(level.profile[layer].rank);
+  }
   return view;
 }
 

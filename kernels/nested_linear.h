@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 namespace nestor {
 
@@ -28,6 +29,9 @@ struct FactorView {
   const uint16_t* a_scales = nullptr;   // bf16 [max_rank, NumGroups(in)]
   const int8_t* bt = nullptr;           // [max_rank, PaddedToGroup(out)], padding is 0
   const uint16_t* bt_scales = nullptr;  // bf16 [max_rank, NumGroups(out)]
+  // The ranks that levels run, in any order: a backend may lay the factors out so that it reads
+  // these prefixes in one go. Any other rank is right as well.
+  std::vector<int64_t> level_ranks = {};
 };
 
 // The stored parts of one linear layer, borrowed from the artifact or the checkpoint. Exactly one

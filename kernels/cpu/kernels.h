@@ -79,9 +79,10 @@ struct CpuKernels {
   // out[index][0..31] += the first `rank` components of the B panel, weighted by rows' z: z times
   // the components' scales is rounded to integers below min(32767, 2^31 / (127 rank)), so that sums
   // are exact in 32 bits. z that is not finite makes every output NaN. `scratch` holds
-  // 4 * (rank rounded up to 16) floats; z and scales may be read up to a multiple of 8.
-  void (*factor_b)(const int8_t* panel, const uint16_t* scales, int64_t rank, const FloatRow* rows,
-                   int num_rows, float* scratch, float* out);
+  // 4 * (rank rounded up to 16) floats; z and scales may be read up to a multiple of 8. `next` is
+  // the panel that will be read after this one: it is brought into the cache meanwhile.
+  void (*factor_b)(const int8_t* panel, const int8_t* next, const uint16_t* scales, int64_t rank,
+                   const FloatRow* rows, int num_rows, float* scratch, float* out);
   // out[index][0..15] = the panel times each row.
   void (*bf16_panel)(const uint16_t* panel, int64_t n, const FloatRow* rows, int num_rows,
                      float* out);

@@ -249,8 +249,8 @@ void FactorA(const int8_t* a, const uint16_t* scales, int64_t groups, const Quan
 
 // T rows, V vectors of 8 outputs from `panel` on; z are pairs of 16-bit integers.
 template <int T, int V>
-void FactorBTile(const int8_t* panel, int64_t pairs, const int32_t* const* z, const float* scales,
-                 float* const* out) {
+void FactorBTile(const int8_t* panel, const int8_t* next, int64_t pairs, const int32_t* const* z,
+                 const float* scales, float* const* out) {
   __m256i sums[T][V];
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t) {
@@ -258,6 +258,7 @@ void FactorBTile(const int8_t* panel, int64_t pairs, const int32_t* const* z, co
     for (int v = 0; v < V; ++v) sums[t][v] = _mm256_setzero_si256();
   }
   for (int64_t k = 0; k < pairs; ++k) {
+    _mm_prefetch(next + k * 2 * kUnitOutputs, _MM_HINT_T0);
     __m256i b[V];
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
@@ -286,14 +287,14 @@ void FactorBTile(const int8_t* panel, int64_t pairs, const int32_t* const* z, co
 
 // 2 vectors for many rows, 4 for few: what keeps enough sums in flight without spilling.
 template <int T>
-void FactorBRows(const int8_t* panel, int64_t pairs, const int32_t* const* z, const float* scales,
-                 float* const* out) {
+void FactorBRows(const int8_t* panel, const int8_t* next, int64_t pairs, const int32_t* const* z,
+                 const float* scales, float* const* out) {
   constexpr int kVectors = T <= 2 ? 4 : 2;
   float* at[T];
   for (int v = 0; v < 4; v += kVectors) {
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) at[t] = out[t] + 8 * v;
-    FactorBTile<T, kVectors>(panel + 16 * v, pairs, z, scales, at);
+    FactorBTile<T, kVectors>(panel + 16 * v, next, pairs, z, scales, at);
   }
 }
 
@@ -332,8 +333,8 @@ float RoundZ(const uint16_t* scales, const float* z, int64_t rank, float* scratc
   return absmax / limit;
 }
 
-void FactorB(const int8_t* panel, const uint16_t* scales, int64_t rank, const FloatRow* rows,
-             int num_rows, float* scratch, float* out) {
+void FactorB(const int8_t* panel, const int8_t* next, const uint16_t* scales, int64_t rank,
+             const FloatRow* rows, int num_rows, float* scratch, float* out) {
   // Floats are rounded in place: what is written lies before what is read.
   const int64_t padded_rank = (rank + 15) / 16 * 16;
   const int64_t pairs = (rank + 1) / 2;
@@ -349,10 +350,10 @@ void FactorB(const int8_t* panel, const uint16_t* scales, int64_t rank, const Fl
       z[t] = reinterpret_cast<const int32_t*>(own);
       at[t] = out + row.index * kUnitOutputs;
     }
-    if (count == 4) FactorBRows<4>(panel, pairs, z, row_scales, at);
-    if (count == 3) FactorBRows<3>(panel, pairs, z, row_scales, at);
-    if (count == 2) FactorBRows<2>(panel, pairs, z, row_scales, at);
-    if (count == 1) FactorBRows<1>(panel, pairs, z, row_scales, at);
+    if (count == 4) FactorBRows<4>(panel, next, pairs, z, row_scales, at);
+    if (count == 3) FactorBRows<3>(panel, next, pairs, z, row_scales, at);
+    if (count == 2) FactorBRows<2>(panel, next, pairs, z, row_scales, at);
+    if (count == 1) FactorBRows<1>(panel, next, pairs, z, row_scales, at);
   }
 }
 

@@ -222,12 +222,13 @@ void FactorA(const int8_t* a, const uint16_t* scales, int64_t groups, const Quan
 
 // z are pairs of 16-bit integers.
 template <int T>
-void FactorBTile(const int8_t* panel, int64_t pairs, const int32_t* const* z, const float* scales,
-                 float* const* out) {
+void FactorBTile(const int8_t* panel, const int8_t* next, int64_t pairs, const int32_t* const* z,
+                 const float* scales, float* const* out) {
   __m512i sums[T][2];
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t) sums[t][0] = sums[t][1] = _mm512_setzero_si512();
   for (int64_t k = 0; k < pairs; ++k) {
+    _mm_prefetch(next + k * 2 * kUnitOutputs, _MM_HINT_T0);
     __m512i b[2];
 #pragma GCC unroll 8
     for (int half = 0; half < 2; ++half) {
@@ -282,8 +283,8 @@ float RoundZ(const uint16_t* scales, const float* z, int64_t rank, float* scratc
   return absmax / limit;
 }
 
-void FactorB(const int8_t* panel, const uint16_t* scales, int64_t rank, const FloatRow* rows,
-             int num_rows, float* scratch, float* out) {
+void FactorB(const int8_t* panel, const int8_t* next, const uint16_t* scales, int64_t rank,
+             const FloatRow* rows, int num_rows, float* scratch, float* out) {
   // Floats are rounded in place: what is written lies before what is read.
   const int64_t padded_rank = (rank + 15) / 16 * 16;
   const int64_t pairs = (rank + 1) / 2;
@@ -299,10 +300,10 @@ void FactorB(const int8_t* panel, const uint16_t* scales, int64_t rank, const Fl
       z[t] = reinterpret_cast<const int32_t*>(own);
       at[t] = out + row.index * kUnitOutputs;
     }
-    if (count == 4) FactorBTile<4>(panel, pairs, z, row_scales, at);
-    if (count == 3) FactorBTile<3>(panel, pairs, z, row_scales, at);
-    if (count == 2) FactorBTile<2>(panel, pairs, z, row_scales, at);
-    if (count == 1) FactorBTile<1>(panel, pairs, z, row_scales, at);
+    if (count == 4) FactorBTile<4>(panel, next, pairs, z, row_scales, at);
+    if (count == 3) FactorBTile<3>(panel, next, pairs, z, row_scales, at);
+    if (count == 2) FactorBTile<2>(panel, next, pairs, z, row_scales, at);
+    if (count == 1) FactorBTile<1>(panel, next, pairs, z, row_scales, at);
   }
 }
 

@@ -103,8 +103,8 @@ int8_t ComponentOf(const int8_t* panel, int64_t k, int64_t o) {
   return panel[k / 2 * 2 * kUnitOutputs + 2 * o + k % 2];
 }
 
-void FactorB(const int8_t* panel, const uint16_t* scales, int64_t rank, const FloatRow* rows,
-             int num_rows, float* scratch, float* out) {
+void FactorB(const int8_t* panel, const int8_t* /*next*/, const uint16_t* scales, int64_t rank,
+             const FloatRow* rows, int num_rows, float* scratch, float* out) {
   const auto limit = static_cast<float>(LargestZ(rank));
   for (int i = 0; i < num_rows; ++i) {
     float largest = 0;

@@ -324,7 +324,7 @@ void LinearRunner::RunFactorB(const PartPlan& plan, const FactorStage& stage, in
         rows[i] = {.values = z_.data() + stage.z_offset + index * stage.z_stride + segment.begin,
                    .index = index};
       }
-      kernels_->factor_b(segment.Panel(unit), segment.PanelScales(unit),
+      kernels_->factor_b(segment.Panel(unit), segment.Panel(unit + 1), segment.PanelScales(unit),
                          std::min(segment.size, rank - segment.begin), rows, count,
                          state.scaled_z.data(), sums);
     }

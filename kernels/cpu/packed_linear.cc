@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <vector>
 
 #include "base/bfloat16.h"
 #include "base/status_macros.h"
@@ -14,6 +15,8 @@ constexpr int64_t kLineBytes = 64;
 constexpr int64_t kCodeBytes = 4 * kLineBytes;  // of a group of a panel
 constexpr int64_t kBytesOfRow = kGroupSize / 2;
 constexpr int64_t kFirstSegment = 16;
+
+int64_t RoundUpToPair(int64_t rank) { return (rank + 1) / 2 * 2; }
 
 int64_t NumPanels(int64_t out) { return (out + kPanelOutputs - 1) / kPanelOutputs; }
 
@@ -100,6 +103,23 @@ absl::StatusOr<BSegment> PackSegment(const FactorView& view, int64_t out, int64_
   return segment;
 }
 
+// Where B is cut: ascending, the last one being the stored rank. All others are even, since pairs
+// of components lie together.
+std::vector<int64_t> SegmentEnds(const FactorView& view) {
+  std::vector<int64_t> ends;
+  for (const int64_t rank : view.level_ranks) {
+    if (rank > 0 && rank + 1 < view.max_rank) ends.push_back(RoundUpToPair(rank));
+  }
+  if (view.level_ranks.empty()) {
+    for (int64_t end = kFirstSegment; end < view.max_rank; end *= 2) ends.push_back(end);
+  }
+  std::sort(ends.begin(), ends.end());
+  ends.erase(std::unique(ends.begin(), ends.end()), ends.end());
+  if (ends.size() >= PackedFactors::kMaxSegments) ends.resize(PackedFactors::kMaxSegments - 1);
+  ends.push_back(view.max_rank);
+  return ends;
+}
+
 absl::StatusOr<PackedFactors> PackFactors(const FactorView& view, int64_t out, int64_t in,
                                           MemoryArena* arena) {
   const int64_t rank = view.max_rank;
@@ -107,14 +127,12 @@ absl::StatusOr<PackedFactors> PackFactors(const FactorView& view, int64_t out, i
   if (rank == 0) return result;
   NESTOR_ASSIGN_OR_RETURN(result.a, Copied(view.a, rank * PaddedToGroup(in), arena));
   NESTOR_ASSIGN_OR_RETURN(result.a_scales, Copied(view.a_scales, rank * NumGroups(in), arena));
-  for (int64_t begin = 0; begin < rank;) {
-    const bool is_last = result.num_segments + 1 == PackedFactors::kMaxSegments;
-    const int64_t length = std::max(kFirstSegment, begin);  // up to the next power of two
-    const int64_t size = is_last ? rank - begin : std::min(rank - begin, length);
+  int64_t begin = 0;
+  for (const int64_t end : SegmentEnds(view)) {
     NESTOR_ASSIGN_OR_RETURN(result.segments[result.num_segments],
-                            PackSegment(view, out, begin, size, arena));
+                            PackSegment(view, out, begin, end - begin, arena));
     ++result.num_segments;
-    begin += size;
+    begin = end;
   }
   return result;
 }
