@@ -242,10 +242,8 @@ void LinearRunner::RunUnits(const LinearCall& call, const PartPlan& plan, int64_
     RunPanels(plan, unit, state.sums + (unit - begin) * unit_size, &state.executed);
   if (num_z_pieces_ > 0) {
     WaitForZ();
-    for (int64_t unit = begin; unit < end; ++unit) {
-      for (const FactorStage* stage : {&plan.residual, &plan.prefix})
-        RunFactorB(plan, *stage, unit, state.sums + (unit - begin) * unit_size, thread);
-    }
+    for (const FactorStage* stage : {&plan.residual, &plan.prefix})
+      RunFactorB(plan, *stage, begin, end, state.sums, unit_size, thread);
   }
   for (int64_t unit = begin; unit < end; ++unit)
     FinishUnit(call, plan, unit, state.sums + (unit - begin) * unit_size, &state.executed);
@@ -307,29 +305,35 @@ void LinearRunner::RunPanels(const PartPlan& plan, int64_t unit, float* sums,
   }
 }
 
-void LinearRunner::RunFactorB(const PartPlan& plan, const FactorStage& stage, int64_t unit,
-                              float* sums, int thread) {
+void LinearRunner::RunFactorB(const PartPlan& plan, const FactorStage& stage, int64_t begin_unit,
+                              int64_t end_unit, float* sums, int64_t unit_size, int thread) {
   if (stage.max_rank == 0) return;
-  const int64_t outputs = std::min(kUnitOutputs, plan.layer->out - unit * kUnitOutputs);
   ThreadState& state = threads_[thread];
-  state.executed.weight_bytes += stage.max_rank * PackedLinear::kBComponentBytes;
+  const int64_t outputs =
+      std::min(end_unit * kUnitOutputs, plan.layer->out) - begin_unit * kUnitOutputs;
+  state.executed.weight_bytes +=
+      (end_unit - begin_unit) * stage.max_rank * PackedLinear::kBComponentBytes;
   FloatRow rows[kMaxFewRows];
-  for (int begin = 0; begin < stage.num_rows;) {
-    const int64_t rank = stage.ranks[begin];
-    int count = 0;
-    while (begin + count < stage.num_rows && stage.ranks[begin + count] == rank) ++count;
-    for (const BSegment& segment : stage.factors->SegmentsOf(rank)) {
-      for (int i = 0; i < count; ++i) {
-        const int64_t index = stage.rows[begin + i].index;
-        rows[i] = {.values = z_.data() + stage.z_offset + index * stage.z_stride + segment.begin,
-                   .index = index};
+  // Segment by segment over all units: long streams again.
+  for (const BSegment& segment : stage.factors->SegmentsOf(stage.max_rank)) {
+    for (int begin = 0; begin < stage.num_rows && stage.ranks[begin] > segment.begin;) {
+      const int64_t rank = stage.ranks[begin];
+      int count = 0;
+      for (; begin + count < stage.num_rows && stage.ranks[begin + count] == rank; ++count) {
+        const int64_t index = stage.rows[begin + count].index;
+        rows[count] = {
+            .values = z_.data() + stage.z_offset + index * stage.z_stride + segment.begin,
+            .index = index};
       }
-      kernels_->factor_b(segment.Panel(unit), segment.Panel(unit + 1), segment.PanelScales(unit),
-                         std::min(segment.size, rank - segment.begin), rows, count,
-                         state.scaled_z.data(), sums);
+      const int64_t components = std::min(segment.size, rank - segment.begin);
+      for (int64_t unit = begin_unit; unit < end_unit; ++unit) {
+        kernels_->factor_b(segment.Panel(unit), segment.Panel(unit + 1), segment.PanelScales(unit),
+                           components, rows, count, state.scaled_z.data(),
+                           sums + (unit - begin_unit) * unit_size);
+      }
+      state.executed.flops += 2 * outputs * components * count;
+      begin += count;
     }
-    state.executed.flops += 2 * outputs * rank * count;
-    begin += count;
   }
 }
 

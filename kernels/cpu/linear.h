@@ -100,8 +100,9 @@ class LinearRunner {
   void RunUnits(const LinearCall& call, const PartPlan& plan, int64_t begin, int64_t end,
                 int thread);
   void RunPanels(const PartPlan& plan, int64_t unit, float* sums, LinearCost* executed);
-  void RunFactorB(const PartPlan& plan, const FactorStage& stage, int64_t unit, float* sums,
-                  int thread);
+  // B z of units [begin_unit, end_unit), whose sums lie `unit_size` floats apart.
+  void RunFactorB(const PartPlan& plan, const FactorStage& stage, int64_t begin_unit,
+                  int64_t end_unit, float* sums, int64_t unit_size, int thread);
   // Adds the bias and writes the outputs.
   void FinishUnit(const LinearCall& call, const PartPlan& plan, int64_t unit, float* sums,
                   LinearCost* executed);
