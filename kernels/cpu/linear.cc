@@ -16,6 +16,8 @@ constexpr int64_t kBytesPerTask = int64_t{192} << 10;
 // Bytes of A that are claimed at once: half a microsecond of reading, so that threads share even a
 // small A evenly.
 constexpr int64_t kBytesPerZPiece = int64_t{8} << 10;
+// A large A is read in long streams instead.
+constexpr int64_t kZPiecesPerThread = 8;
 constexpr int kPollsBeforeYield = 10000;
 
 int64_t RoundUp(int64_t value, int64_t multiple) {
@@ -114,7 +116,9 @@ void LinearRunner::RunFewRows(const LinearCall& call) {
     weights += plans_[i].layer->out * plans_[i].layer->in;
   }
   for (ThreadState& thread : threads_) thread.scaled_z.GrowTo(4 * max_stride);
-  num_z_pieces_ = std::min(num_components_, 1 + num_components_ * call.in.cols / kBytesPerZPiece);
+  num_z_pieces_ = std::min(num_components_,
+                           std::min<int64_t>(1 + num_components_ * call.in.cols / kBytesPerZPiece,
+                                             kZPiecesPerThread * pool_->num_threads()));
   claimed_z_pieces_.store(0, std::memory_order_relaxed);
   finished_z_pieces_.store(0, std::memory_order_relaxed);
   const int64_t num_tasks = NumTasks(units, weights, pool_->num_threads());
