@@ -55,7 +55,8 @@ absl::Status SpeculativeRound::Verify() {
     NESTOR_ASSIGN_OR_RETURN(ran, Step(tokens_, shape_.verify_level, StepEntry::Output::kAllLogits));
   }
   logits_ = ran.values;
-  return ran.status;
+  sequence_status_ = ran.status;
+  return absl::OkStatus();
 }
 
 std::span<const float> SpeculativeRound::logits() const {

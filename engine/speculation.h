@@ -48,14 +48,16 @@ class SpeculativeRound {
 
   explicit SpeculativeRound(Engine* engine) : engine_(engine) {}
 
-  // Drafts with `sampler`'s Peek, and verifies. A draft that is not finite ends the drafting; where
-  // a drafted row makes verifying not finite, the token runs alone. So INTERNAL is what plain
-  // decoding would have met. Other errors are Engine::Step's: one is a sequence reserved for fewer
-  // than num_drafts + 1 positions more.
+  // Drafts with `sampler`'s Peek, and verifies. Errors are Engine::Step's: one is a sequence
+  // reserved for fewer than num_drafts + 1 positions more.
   absl::Status Run(const Shape& shape, Sampler* sampler);
 
-  // What to draw the next token from. Lives until the engine's next step. REQUIRES: Run succeeded,
-  // and Accept has not returned false since.
+  // Not OK: the sequence failed, as plain decoding would have (StepResult::Entry::status). A draft
+  // that is not finite ends the drafting; where a drafted row makes verifying so, the token runs
+  // alone.
+  const absl::Status& sequence_status() const { return sequence_status_; }
+  // What to draw the next token from. Lives until the engine's next step. REQUIRES: the sequence
+  // has not failed, and Accept has not returned false since Run.
   std::span<const float> logits() const;
   // `token` was drawn from logits(). True where it is what was drafted there, so that logits() are
   // now those after it; false ends the round.
@@ -81,8 +83,9 @@ class SpeculativeRound {
 
   Engine* const engine_;
   Shape shape_;
-  int64_t length_ = 0;             // of the sequence, before the round
-  std::vector<int32_t> tokens_;    // the token, and what was drafted after it
+  int64_t length_ = 0;           // of the sequence, before the round
+  std::vector<int32_t> tokens_;  // the token, and what was drafted after it
+  absl::Status sequence_status_;
   std::span<const float> logits_;  // [drafts + 1, vocabulary]
   int64_t num_drawn_ = 0;
   int64_t num_accepted_ = 0;

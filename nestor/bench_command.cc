@@ -15,6 +15,7 @@
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cpu/machine_probe.h"
 #include "nestor/bench_measure.h"
+#include "nestor/bench_speculation.h"
 #include "nestor/command.h"
 #include "nestor/flags.h"
 #include "nestor/text_input.h"
@@ -40,6 +41,8 @@ struct BenchFlags {
   int64_t context = 16;
   int64_t tokens = 64;
   int64_t rounds = 5;
+  bool speculate = false;
+  std::optional<std::string> prompts;
   bool json = false;
 };
 
@@ -99,6 +102,7 @@ struct BenchReport {
   size_t num_texts = 0;
   std::vector<EmbedRow> embed;
   std::vector<MixedRow> mixed;
+  std::optional<SpeculationReport> speculation;  // then nothing else is measured
 };
 
 void Declare(Flags* flags, BenchFlags* values) {
@@ -117,6 +121,9 @@ void Declare(Flags* flags, BenchFlags* values) {
   flags->Add("context", &values->context, "tokens before the first decoded one");
   flags->Add("tokens", &values->tokens, "tokens decoded by each sequence");
   flags->Add("rounds", &values->rounds, "measurements of each figure; the median counts");
+  flags->Add("speculate", &values->speculate,
+             "measures speculative decoding instead: the dearest of the levels verifies");
+  flags->Add("prompts", &values->prompts, "one prompt a line, - for stdin; needs --speculate");
   flags->Add("json", &values->json, "one object on stdout");
 }
 
@@ -294,6 +301,20 @@ void AddEncoderJobs(const BenchPlan& plan, const Texts& texts, EngineTimer* time
   }
 }
 
+absl::StatusOr<std::optional<SpeculationBenchOptions>> SpeculationOptions(const BenchFlags& flags,
+                                                                          const BenchPlan& plan) {
+  if (flags.speculate != flags.prompts.has_value()) {
+    return UsageError("--speculate and --prompts go together");
+  }
+  if (!flags.speculate) return std::nullopt;
+  NESTOR_ASSIGN_OR_RETURN(const std::string text, ReadFileOrStdin(*flags.prompts));
+  NESTOR_RETURN_IF_ERROR(CheckUtf8("--prompts", text));
+  return SpeculationBenchOptions{.levels = plan.levels,
+                                 .prompts = NonEmptyLines(text),
+                                 .tokens = plan.tokens,
+                                 .rounds = plan.rounds};
+}
+
 absl::StatusOr<BenchReport> RunAll(const std::string& directory, const BenchFlags& flags) {
   std::optional<CpuInstructionSet> instruction_set;
   if (flags.instruction_set.has_value()) {
@@ -305,6 +326,9 @@ absl::StatusOr<BenchReport> RunAll(const std::string& directory, const BenchFlag
   }
   NESTOR_ASSIGN_OR_RETURN(std::unique_ptr<NestedModel> model, NestedModel::Open(directory));
   NESTOR_ASSIGN_OR_RETURN(const BenchPlan plan, MakePlan(flags, *model));
+  NESTOR_ASSIGN_OR_RETURN(const std::optional<SpeculationBenchOptions> speculation,
+                          SpeculationOptions(flags, plan));
+  if (speculation && model->spec().is_encoder()) return UsageError("--speculate: an encoder");
   BenchReport report;
   report.model = directory;
   report.cpu = DescribeCpu(instruction_set.value_or(BestInstructionSet()));
@@ -316,6 +340,10 @@ absl::StatusOr<BenchReport> RunAll(const std::string& directory, const BenchFlag
       MakeCpuBackend({.num_threads = plan.threads, .instruction_set = instruction_set}));
   NESTOR_ASSIGN_OR_RETURN(const std::unique_ptr<Engine> engine,
                           Engine::Create(std::move(model), std::move(backend), options));
+  if (speculation) {
+    NESTOR_ASSIGN_OR_RETURN(report.speculation, MeasureSpeculation(engine.get(), *speculation));
+    return report;
+  }
   EngineTimer timer(engine.get());
   std::vector<Job> jobs;
   std::vector<Measurement*> results;
@@ -392,6 +420,8 @@ nlohmann::json ToJson(const BenchReport& report) {
                               {"seconds_raised", row.raised.seconds}},
                              row.chosen));
   }
+  nlohmann::json speculation;
+  if (report.speculation) speculation = ToJson(*report.speculation);
   return {{"model", report.model},
           {"cpu", report.cpu},
           {"threads", report.plan.threads},
@@ -401,7 +431,8 @@ nlohmann::json ToJson(const BenchReport& report) {
           {"decode", std::move(decode)},
           {"prefill", std::move(prefill)},
           {"embed", std::move(embed)},
-          {"mixed", std::move(mixed)}};
+          {"mixed", std::move(mixed)},
+          {"speculation", std::move(speculation)}};
 }
 
 // "0,3,6": each level once, in ascending order.
@@ -455,6 +486,11 @@ void PrintDecoderTables(const BenchReport& report) {
 }
 
 void PrintTables(const BenchReport& report) {
+  if (report.speculation) {
+    absl::PrintF("%s, %d threads; medians of %d rounds\n\n%s", report.cpu, report.plan.threads,
+                 report.plan.rounds, Render(*report.speculation));
+    return;
+  }
   absl::PrintF("%s, %d threads, reads %.1f GB/s, multiplies %.0f GFLOP/s; medians of %d rounds\n\n",
                report.cpu, report.plan.threads, report.read_gbps, report.gemm_gflops,
                report.plan.rounds);

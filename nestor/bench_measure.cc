@@ -7,6 +7,7 @@
 #include "base/check.h"
 #include "base/status_macros.h"
 #include "engine/sampler.h"
+#include "engine/speculation.h"
 #include "nestor/statistics.h"
 
 namespace nestor {
@@ -131,11 +132,40 @@ absl::Status EmbedStep(Engine* engine, int level, std::span<const std::vector<in
   return CheckedStep(engine, plan, measurement).status();
 }
 
+void Add(const SpeculativeRound& round, SpeculationMeasurement* measurement) {
+  measurement->decoding.tokens += round.num_drawn();
+  measurement->num_examined += std::min(round.num_drawn(), round.num_drafted());
+  measurement->num_accepted += round.num_accepted();
+  for (const SpeculativeRound::RanStep& step : round.steps()) {
+    const bool verifies = &step == &round.steps().back();
+    const double seconds = std::chrono::duration<double>(step.time).count();
+    (verifies ? measurement->verify_seconds : measurement->draft_seconds) += seconds;
+    ++(verifies ? measurement->verify_steps : measurement->draft_steps);
+    measurement->decoding.weight_bytes += step.weight_bytes;
+  }
+}
+
+double Ratio(double numerator, int64_t denominator) {
+  return denominator == 0 ? 0 : numerator / static_cast<double>(denominator);
+}
+
 double SecondsSince(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
 }  // namespace
+
+double SpeculationMeasurement::acceptance() const {
+  return Ratio(static_cast<double>(num_accepted), num_examined);
+}
+
+double SpeculationMeasurement::draft_step_seconds() const {
+  return Ratio(draft_seconds, draft_steps);
+}
+
+double SpeculationMeasurement::verify_step_seconds() const {
+  return Ratio(verify_seconds, verify_steps);
+}
 
 absl::StatusOr<std::vector<Measurement>> MedianOfRounds(
     const std::vector<std::function<absl::StatusOr<Measurement>()>>& jobs, int rounds,
@@ -186,6 +216,53 @@ absl::StatusOr<Measurement> EngineTimer::Decode(const DecodeShape& shape) {
   measurement.seconds = SecondsSince(start);
   measurement.tokens = static_cast<int64_t>(rows.size()) * shape.steps;
   return measurement;
+}
+
+absl::StatusOr<SpeculationMeasurement> EngineTimer::Speculate(const SpeculationShape& shape) {
+  SpeculationMeasurement measurement;
+  for (const std::vector<int32_t>& prompt : shape.prompts) {
+    NESTOR_RETURN_IF_ERROR(SpeculateOn(shape, prompt, &measurement));
+  }
+  return measurement;
+}
+
+absl::Status EngineTimer::SpeculateOn(const SpeculationShape& shape,
+                                      std::span<const int32_t> prompt,
+                                      SpeculationMeasurement* measurement) {
+  Sequences sequences(engine_);
+  NESTOR_ASSIGN_OR_RETURN(const SequenceId id,
+                          sequences.Add(static_cast<int64_t>(prompt.size()) + shape.tokens));
+  Measurement of_prompt;
+  NESTOR_ASSIGN_OR_RETURN(const StepResult first,
+                          RunPrompt(engine_, id, shape.verify_level, prompt, &of_prompt));
+  Sampler sampler{SamplingOptions{}};
+  int32_t token = sampler.Sample(first.entries[0].values);
+  const std::vector<int32_t>& ends = engine_->model().spec().end_tokens;
+  const auto ends_text = [&](int32_t id) {
+    return std::find(ends.begin(), ends.end(), id) != ends.end();
+  };
+  SpeculativeRound round(engine_);
+  int64_t left = ends_text(token) ? 0 : shape.tokens;
+  const auto start = std::chrono::steady_clock::now();
+  while (left > 0) {
+    NESTOR_RETURN_IF_ERROR(round.Run({.sequence = id,
+                                      .token = token,
+                                      .draft_level = shape.draft_level,
+                                      .verify_level = shape.verify_level,
+                                      .num_drafts = std::min(shape.num_drafts, left - 1)},
+                                     &sampler));
+    NESTOR_RETURN_IF_ERROR(round.sequence_status());
+    bool goes_on = true;
+    while (goes_on) {
+      token = sampler.Sample(round.logits());
+      left = ends_text(token) ? 0 : left - 1;
+      goes_on = round.Accept(token) && left > 0;
+    }
+    round.Settle();
+    Add(round, measurement);
+  }
+  measurement->decoding.seconds += SecondsSince(start);
+  return absl::OkStatus();
 }
 
 absl::StatusOr<Measurement> EngineTimer::Prefill(int level, int64_t tokens) {

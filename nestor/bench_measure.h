@@ -26,6 +26,22 @@ struct Measurement {
   double gflops() const { return static_cast<double>(flops) / seconds / 1e9; }
 };
 
+// What decoding in rounds of speculation did; with no drafts, in plain steps.
+struct SpeculationMeasurement {
+  Measurement decoding;
+  int64_t num_examined = 0;  // drafts that were held against what was drawn
+  int64_t num_accepted = 0;
+  double draft_seconds = 0;
+  int64_t draft_steps = 0;
+  double verify_seconds = 0;  // of plain steps too
+  int64_t verify_steps = 0;
+
+  // 0 where there is none.
+  double acceptance() const;
+  double draft_step_seconds() const;
+  double verify_step_seconds() const;
+};
+
 // Runs `jobs` one after the other, `rounds` times over and once before that uncounted, so that a
 // machine's slow moments fall on all of them alike; gives each job's median time. Every job must
 // do the same work in each round. REQUIRES: rounds >= 1.
@@ -54,6 +70,15 @@ class EngineTimer {
   };
   // One token for every row in each of the steps. REQUIRES: context >= 1.
   absl::StatusOr<Measurement> Decode(const DecodeShape& shape);
+  struct SpeculationShape {
+    std::span<const std::vector<int32_t>> prompts;  // token ids, decoded one after the other
+    int draft_level = 0;
+    int verify_level = 0;
+    int64_t num_drafts = 0;  // of each round, at most kMaxDrafts; 0: plain steps
+    int64_t tokens = 64;     // of each prompt, fewer where the model ends its text
+  };
+  // One stream that decodes greedily, in rounds as a daemon runs them. Prompts are not timed.
+  absl::StatusOr<SpeculationMeasurement> Speculate(const SpeculationShape& shape);
   // A prompt of `tokens`, in chunks of the engine's max_step_rows, up to its last logits.
   absl::StatusOr<Measurement> Prefill(int level, int64_t tokens);
   // Encoders: `texts` in their order, `batch` at a time; a batch takes as many steps as
@@ -63,6 +88,9 @@ class EngineTimer {
                                     int64_t batch);
 
   std::vector<int32_t> RandomTokens(int64_t count);
+  // Adds one prompt of `shape` to `measurement`.
+  absl::Status SpeculateOn(const SpeculationShape& shape, std::span<const int32_t> prompt,
+                           SpeculationMeasurement* measurement);
 
  private:
   Engine* const engine_;

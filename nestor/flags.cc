@@ -166,7 +166,8 @@ absl::StatusOr<std::vector<std::string>> Flags::Parse(
     std::string value = "true";
     if (equals != std::string::npos) {
       value = argument.substr(equals + 1);
-    } else if (!std::holds_alternative<bool*>(flag->target)) {
+    } else if (!std::holds_alternative<bool*>(flag->target) &&
+               !std::holds_alternative<std::optional<bool>*>(flag->target)) {
       if (i + 1 == arguments.size() || absl::StartsWith(arguments[i + 1], "--")) {
         return UsageError(absl::StrCat("--", flag->name, " needs a value"));
       }

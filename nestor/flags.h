@@ -12,8 +12,8 @@
 
 namespace nestor {
 
-// The flags of one command: `--name value`, `--name=value`, and `--name` for a bool. `--` ends the
-// flags; a lone `-` is an argument, not a flag.
+// The flags of one command: `--name value`, `--name=value`, and `--name` for a bool
+// (`--name=false`). `--` ends the flags; a lone `-` is an argument, not a flag.
 //
 //   Flags flags("nestor evaluate ARTIFACT --text FILE", "nestor evaluate models/x.nested ...");
 //   flags.Add("text", &text, "held-out text, UTF-8");
@@ -21,8 +21,8 @@ namespace nestor {
 class Flags {
  public:
   using Target = std::variant<bool*, int64_t*, double*, std::string*, std::optional<int64_t>*,
-                              std::optional<double>*, std::optional<std::string>*,
-                              std::optional<absl::Duration>*,
+                              std::optional<double>*, std::optional<bool>*,
+                              std::optional<std::string>*, std::optional<absl::Duration>*,
                               std::vector<std::string>*>;  // the last: may be given several times
 
   // `usage` is a line with the command and its arguments, and what it does below; `example` one

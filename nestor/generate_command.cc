@@ -31,6 +31,7 @@ struct GenerateFlags {
   std::vector<std::string> stop;
   bool ignore_eos = false;
   bool truncate = false;
+  std::optional<bool> speculate;
   bool json = false;
 };
 
@@ -49,6 +50,9 @@ void Declare(Flags* flags, GenerateFlags* values) {
              "ends at this text, which is left out; may be given several times");
   flags->Add("ignore-eos", &values->ignore_eos, "goes on past the end-of-text token");
   flags->Add("truncate", &values->truncate, "cuts the oldest part of a prompt that is too long");
+  flags->Add(
+      "speculate", &values->speculate,
+      "drafts at a cheaper level, the same text sooner; =false: never (default: the daemon's)");
   AddBudgetFlags(flags, &values->budget);
   AddConnectionFlags(flags, &values->connection);
   flags->Add("json", &values->json, "one object on stdout, once the text is complete");
@@ -100,6 +104,7 @@ absl::StatusOr<v1::GenerateRequest> MakeRequest(const GenerateFlags& flags,
   }
   request.set_ignore_eos(flags.ignore_eos);
   request.set_truncate(flags.truncate);
+  if (flags.speculate) request.set_speculate(*flags.speculate);
   for (const std::string& stop : flags.stop) {
     NESTOR_RETURN_IF_ERROR(CheckUtf8("--stop", stop));
     request.add_stop(stop);

@@ -107,6 +107,8 @@ nlohmann::json ToJson(const v1::Usage& usage) {
       {"target_met", nullptr},
       {"prompt_tokens", usage.prompt_tokens()},
       {"completion_tokens", usage.completion_tokens()},
+      {"drafted_tokens", usage.drafted_tokens()},
+      {"accepted_tokens", usage.accepted_tokens()},
   };
   if (usage.has_target_met()) json["target_met"] = usage.target_met();
   return json;
@@ -139,6 +141,10 @@ std::string UsageLine(const v1::Usage& usage, const StreamTiming& timing) {
     absl::StrAppendFormat(&line, " | first token %.0f ms",
                           absl::ToDoubleMilliseconds(*timing.time_to_first_token()));
   }
+  if (usage.drafted_tokens() > 0) {
+    absl::StrAppendFormat(&line, " | %d of %d drafted tokens accepted", usage.accepted_tokens(),
+                          usage.drafted_tokens());
+  }
   return absl::StrCat(line, DescribeBudget(usage));
 }
 
@@ -159,6 +165,8 @@ v1::Usage Merge(const std::vector<v1::Usage>& parts) {
     decode += FromProto(part.decode_time());
     sum.set_prompt_tokens(sum.prompt_tokens() + part.prompt_tokens());
     sum.set_completion_tokens(sum.completion_tokens() + part.completion_tokens());
+    sum.set_drafted_tokens(sum.drafted_tokens() + part.drafted_tokens());
+    sum.set_accepted_tokens(sum.accepted_tokens() + part.accepted_tokens());
     if (part.degraded() && !sum.degraded()) {
       sum.set_degraded(true);
       sum.set_degraded_reason(part.degraded_reason());

@@ -30,6 +30,12 @@ struct StepEvent {
   Duration predicted{};
 };
 
+// Drafts of a round that were held against the verifying level.
+struct SpeculationEvent {
+  int64_t num_drafted = 0;
+  int64_t num_accepted = 0;
+};
+
 // The state of the worker after a step.
 struct LoadEvent {
   int64_t num_running = 0;
@@ -46,6 +52,8 @@ class Events {
   virtual void OnRejected(absl::StatusCode code) = 0;
   virtual void OnLoad(const LoadEvent& load) = 0;
   virtual void OnStep(const StepEvent& step) = 0;
+  // A round of drafts ended; its steps are counted by OnStep.
+  virtual void OnSpeculation(const SpeculationEvent& round) = 0;
   // `count` tokens ran (prompt) or were drawn (completion) at `level`.
   virtual void OnTokens(int level, TokenKind kind, int64_t count) = 0;
   virtual void OnFirstToken(Duration since_arrival) = 0;

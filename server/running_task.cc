@@ -67,6 +67,25 @@ void RunningTask::AddRows(int64_t rows, int level, const LevelView& view, Degrad
   if (usage_.degradation == Degradation::kNone) usage_.degradation = degradation;
 }
 
+SpeculativeRound::Shape RunningTask::RoundShape(const SpeculationChoice& choice,
+                                                int verify_level) const {
+  return {.sequence = sequence_,
+          .token = generation_->tokens.back(),
+          .draft_level = choice.draft_level,
+          .verify_level = verify_level,
+          .num_drafts = choice.num_drafts};
+}
+
+void RunningTask::AddRound(const SpeculativeRound& round, const Ladder& ladder) {
+  for (const SpeculativeRound::RanStep& step : round.steps()) {
+    // The last step verified, and gave the tokens drawn a row each.
+    const int64_t kept = &step == &round.steps().back() ? round.num_drawn() : 0;
+    usage_.AddDiscardedRows(step.rows - kept, ladder[static_cast<size_t>(step.level)]);
+  }
+  usage_.drafted_tokens += round.num_drafted();
+  usage_.accepted_tokens += round.num_accepted();
+}
+
 void RunningTask::AddLogProbabilities(std::span<const double> values) {
   // The last row has nothing to score.
   const size_t scored = values.size() - (is_prompt_done() ? 1 : 0);

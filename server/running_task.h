@@ -8,7 +8,9 @@
 
 #include "engine/engine.h"
 #include "engine/sampler.h"
+#include "engine/speculation.h"
 #include "engine/tokenizer.h"
+#include "server/scheduler/speculation.h"
 #include "server/task.h"
 
 namespace nestor {
@@ -34,6 +36,13 @@ class RunningTask {
   // Score: the log-probabilities of the rows that have just run.
   void AddLogProbabilities(std::span<const double> values);
   bool is_prompt_done() const { return prompt_done_ == NumPromptTokens(); }
+  bool is_decoding() const { return generation_ != nullptr && is_prompt_done(); }
+
+  // A round that drafts for this generation. REQUIRES: is_decoding().
+  SpeculativeRound::Shape RoundShape(const SpeculationChoice& choice, int verify_level) const;
+  Sampler* sampler() { return &generation_->sampler; }
+  // Counts what `round` ran beside the rows of the tokens drawn.
+  void AddRound(const SpeculativeRound& round, const Ladder& ladder);
 
   // Draws the next token. `now` is when the step ended.
   GeneratedToken DrawToken(std::span<const float> logits, int level, TimePoint now);

@@ -20,7 +20,8 @@ constexpr std::chrono::seconds kLastMessages(1);
 InferenceService::Options ServiceOptions(const ServerConfig& config) {
   return {.limits = {.default_max_tokens = config.limits_default_max_tokens,
                      .max_texts = config.limits_max_texts,
-                     .default_priority = static_cast<int>(config.scheduler_default_priority)},
+                     .default_priority = static_cast<int>(config.scheduler_default_priority),
+                     .speculates = config.speculation_enabled},
           .stream_buffer_tokens = config.stream_buffer_tokens};
 }
 
@@ -31,6 +32,7 @@ WorkerOptions WorkerOptionsFrom(const ServerConfig& config, const Engine& engine
                      .splits_prompts = !model.is_encoder},
           .max_queue = config.scheduler_max_queue,
           .max_running = engine.options().max_sequences,
+          .max_drafts = static_cast<int>(config.speculation_max_draft),
           .stall_limit = std::chrono::milliseconds(config.stream_stall_limit_ms),
           .end_tokens = model.end_tokens};
 }

@@ -62,6 +62,7 @@ struct Task {
   // kGenerate
   int64_t max_tokens = 0;  // at least 1; tokens.size() + max_tokens fits the engine
   bool ignores_end_tokens = false;
+  bool may_speculate = false;
   SamplingOptions sampling;
   std::vector<std::string> stops;
 };

@@ -15,22 +15,27 @@ void Append(int level, int64_t tokens, std::vector<LevelRun>* runs) {
 
 }  // namespace
 
-void Usage::AddRows(int64_t num_rows, const LevelView& view) {
+void Usage::AddDiscardedRows(int64_t num_rows, const LevelView& view) {
   const double count = static_cast<double>(num_rows);
   rows += num_rows;
   relative_cost += count * view.relative_cost;
   relative_flops += count * view.relative_flops;
-  quality += count * view.quality;
   flops += count * view.flops_per_token;
+}
+
+void Usage::AddKeptRows(int64_t num_rows, const LevelView& view) {
+  AddDiscardedRows(num_rows, view);
+  kept_rows += num_rows;
+  quality += static_cast<double>(num_rows) * view.quality;
 }
 
 void Usage::AddPromptRows(int level, int64_t num_rows, const LevelView& view) {
   Append(level, num_rows, &prompt_levels);
   prompt_tokens += num_rows;
-  AddRows(num_rows, view);
+  AddKeptRows(num_rows, view);
 }
 
-void Usage::AddDecodeRow(const LevelView& view) { AddRows(1, view); }
+void Usage::AddDecodeRow(const LevelView& view) { AddKeptRows(1, view); }
 
 void Usage::AddGeneratedToken(int level) {
   Append(level, 1, &completion_levels);
@@ -47,8 +52,11 @@ void Usage::Merge(const Usage& other) {
   rows += other.rows;
   relative_cost += other.relative_cost;
   relative_flops += other.relative_flops;
-  quality += other.quality;
   flops += other.flops;
+  kept_rows += other.kept_rows;
+  quality += other.quality;
+  drafted_tokens += other.drafted_tokens;
+  accepted_tokens += other.accepted_tokens;
   queue_time = std::max(queue_time, other.queue_time);
   prefill_time = std::max(prefill_time, other.prefill_time);
   decode_time = std::max(decode_time, other.decode_time);

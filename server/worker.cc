@@ -37,6 +37,8 @@ Worker::Worker(std::unique_ptr<Engine> engine, Ladder ladder, CostModel cost_mod
       options_(std::move(options)),
       events_(events),
       cost_model_(std::move(cost_model)),
+      speculation_(ladder_, options_.max_drafts),
+      round_(engine_.get()),
       end_interval_(kFirstEndInterval),
       last_end_(Clock::now()),
       thread_([this] { Run(); }) {}
@@ -278,6 +280,18 @@ bool Worker::RunStep() {
   if (tasks.empty()) return false;
   const TimePoint begin = Clock::now();
   const StepDecision decision = PlanStep(snapshot, begin);
+  const bool is_single_stream = IsSingleStream(tasks);
+  if (is_single_stream) {
+    const StepDecision::Entry& planned = decision.entries.front();
+    // A round verifies as many rows as it may give tokens.
+    const int64_t most_tokens =
+        std::min(snapshot.tasks.front().tokens_left, options_.limits.max_step_rows);
+    const SpeculationChoice choice = speculation_.Choose(planned.level, most_tokens, cost_model_);
+    if (choice.num_drafts > 0) {
+      RunRound(tasks.front(), planned, choice);
+      return true;
+    }
+  }
   StepPlan plan;
   int64_t rows = 0;
   for (const StepDecision::Entry& entry : decision.entries) {
@@ -296,7 +310,62 @@ bool Worker::RunStep() {
   events_->OnStep({.rows = rows, .actual = actual, .predicted = decision.predicted});
   cost_model_.Observe(decision.rows_by_level, actual);
   ApplyResult(decision, tasks, *result);
+  if (is_single_stream) {
+    speculation_.Observe({.verify_level = decision.entries.front().level,
+                          .num_tokens = 1,
+                          .time = Clock::now() - begin},
+                         cost_model_);
+  }
   return true;
+}
+
+bool Worker::IsSingleStream(const std::vector<RunningTask*>& tasks) {
+  if (options_.max_drafts == 0 || running_.size() != 1 || tasks.size() != 1) return false;
+  if (!tasks.front()->is_decoding() || !tasks.front()->task().may_speculate) return false;
+  MutexLock lock(&mutex_);
+  return queue_.size() == 0;
+}
+
+void Worker::RunRound(RunningTask* task, const StepDecision::Entry& planned,
+                      const SpeculationChoice& choice) {
+  const TimePoint begin = Clock::now();
+  const absl::Status status = round_.Run(task->RoundShape(choice, planned.level), task->sampler());
+  for (const SpeculativeRound::RanStep& step : round_.steps()) {
+    std::vector<int64_t> rows_by_level(ladder_.size(), 0);
+    rows_by_level[static_cast<size_t>(step.level)] = step.rows;
+    events_->OnStep(
+        {.rows = step.rows, .actual = step.time, .predicted = cost_model_.Predict(rows_by_level)});
+    cost_model_.Observe(rows_by_level, step.time);
+  }
+  if (!status.ok()) {
+    LogEvent(LogSeverity::kError, "step_failed", {{"error", status.ToString()}});
+    Fail(task, Failure::kInternal, absl::InternalError(status.ToString()));
+    return;
+  }
+  if (!round_.sequence_status().ok()) {
+    FailNonFinite(task, planned.level, round_.sequence_status());
+    return;
+  }
+  const TimePoint now = Clock::now();
+  Drawn drawn;
+  bool goes_on = true;
+  while (goes_on) {
+    task->AddRows(1, planned.level, ladder_[planned.level], planned.degradation);
+    drawn = Draw(task, round_.logits(), planned.level, now);
+    goes_on = round_.Accept(drawn.token) && !drawn.end.has_value() && drawn.has_room;
+  }
+  round_.Settle();
+  task->AddRound(round_, ladder_);
+  events_->OnSpeculation(
+      {.num_drafted = round_.num_drafted(), .num_accepted = round_.num_accepted()});
+  speculation_.Observe({.verify_level = planned.level,
+                        .choice = choice,
+                        .num_examined = std::min(round_.num_drawn(), round_.num_drafted()),
+                        .num_accepted = round_.num_accepted(),
+                        .num_tokens = round_.num_drawn(),
+                        .time = Clock::now() - begin},
+                       cost_model_);
+  Conclude(task, drawn, now);
 }
 
 void Worker::ApplyResult(const StepDecision& decision, const std::vector<RunningTask*>& tasks,
@@ -307,8 +376,7 @@ void Worker::ApplyResult(const StepDecision& decision, const std::vector<Running
     const StepResult::Entry& ran = result.entries[i];
     RunningTask* task = tasks[planned.task];
     if (!ran.status.ok()) {
-      Fail(task, Failure::kNonFinite,
-           absl::InternalError(absl::StrCat("level ", planned.level, ": ", ran.status.message())));
+      FailNonFinite(task, planned.level, ran.status);
       continue;
     }
     if (!task->is_prompt_done()) {
@@ -327,26 +395,36 @@ void Worker::ApplyResult(const StepDecision& decision, const std::vector<Running
       Complete(task, FinishReason::kComplete, std::move(done));
       continue;
     }
-    Advance(task, ran, now);
+    Conclude(task, Draw(task, ran.values, ran.executed_level, now), now);
   }
 }
 
-void Worker::Advance(RunningTask* task, const StepResult::Entry& ran, TimePoint now) {
+Worker::Drawn Worker::Draw(RunningTask* task, std::span<const float> logits, int level,
+                           TimePoint now) {
   const std::optional<TimePoint> last = task->last_token();
-  GeneratedToken token = task->DrawToken(ran.values, ran.executed_level, now);
-  events_->OnTokens(ran.executed_level, TokenKind::kCompletion, 1);
+  GeneratedToken token = task->DrawToken(logits, level, now);
+  events_->OnTokens(level, TokenKind::kCompletion, 1);
   if (last.has_value()) {
     events_->OnNextToken(now - *last);
   } else {
     events_->OnFirstToken(now - task->task().arrival);
   }
-  const std::optional<FinishReason> end = task->GenerationEnd(options_.end_tokens);
-  const bool has_room = task->output()->Push(std::move(token));
-  if (end.has_value()) {
-    Complete(task, *end, {});
-  } else if (!has_room) {
+  Drawn drawn = {.token = token.id, .end = task->GenerationEnd(options_.end_tokens)};
+  drawn.has_room = task->output()->Push(std::move(token));
+  return drawn;
+}
+
+void Worker::Conclude(RunningTask* task, const Drawn& drawn, TimePoint now) {
+  if (drawn.end.has_value()) {
+    Complete(task, *drawn.end, {});
+  } else if (!drawn.has_room) {
     task->Pause(now);
   }
+}
+
+void Worker::FailNonFinite(RunningTask* task, int level, const absl::Status& status) {
+  Fail(task, Failure::kNonFinite,
+       absl::InternalError(absl::StrCat("level ", level, ": ", status.message())));
 }
 
 void Worker::Fail(RunningTask* task, Failure failure, const absl::Status& status) {

@@ -3,6 +3,7 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <span>
 #include <thread>
 #include <unordered_map>
 #include <vector>
@@ -12,10 +13,12 @@
 #include "absl/status/statusor.h"
 #include "base/mutex.h"
 #include "engine/engine.h"
+#include "engine/speculation.h"
 #include "server/events.h"
 #include "server/running_task.h"
 #include "server/scheduler/cost_model.h"
 #include "server/scheduler/ladder.h"
+#include "server/scheduler/speculation.h"
 #include "server/scheduler/step_planner.h"
 #include "server/scheduler/task_queue.h"
 #include "server/task.h"
@@ -26,6 +29,7 @@ struct WorkerOptions {
   StepLimits limits;
   int64_t max_queue = 0;
   int64_t max_running = 0;
+  int max_drafts = 0;      // of a round of speculation; 0: none
   Duration stall_limit{};  // how long a sequence may wait for its reader
   std::vector<int32_t> end_tokens;
 };
@@ -81,9 +85,23 @@ class Worker {
   bool RunStep();
   void ApplyResult(const StepDecision& decision, const std::vector<RunningTask*>& tasks,
                    const StepResult& result);
+  // True where the only thing to do is to decode one generation, which may speculate.
+  bool IsSingleStream(const std::vector<RunningTask*>& tasks);
+  // Runs the step as a round of speculation.
+  void RunRound(RunningTask* task, const StepDecision::Entry& planned,
+                const SpeculationChoice& choice);
+  // What came of drawing a token.
+  struct Drawn {
+    int32_t token = 0;
+    std::optional<FinishReason> end;
+    bool has_room = true;
+  };
   // Draws and emits the next token of a generation.
-  void Advance(RunningTask* task, const StepResult::Entry& ran, TimePoint now);
+  Drawn Draw(RunningTask* task, std::span<const float> logits, int level, TimePoint now);
+  // Ends or pauses the generation where the token says so.
+  void Conclude(RunningTask* task, const Drawn& drawn, TimePoint now);
   void Fail(RunningTask* task, Failure failure, const absl::Status& status);
+  void FailNonFinite(RunningTask* task, int level, const absl::Status& status);
   void Complete(RunningTask* task, FinishReason reason, TaskResult result);
   // Frees the sequence and the permit, then tells the output.
   void End(RunningTask* task, const absl::Status& status, TaskResult result);
@@ -100,6 +118,8 @@ class Worker {
 
   // The worker thread's own.
   CostModel cost_model_;
+  SpeculationPolicy speculation_;
+  SpeculativeRound round_;
   std::map<TaskId, std::unique_ptr<RunningTask>> running_;
 
   Mutex mutex_;

@@ -29,13 +29,19 @@ struct Text {
   std::string ServerConfig::*member;
 };
 
+struct Switch {
+  bool ServerConfig::*member;
+};
+
 struct Field {
   const char* group;
   const char* key;
-  std::variant<Integer, Address, Text> value;
+  std::variant<Integer, Address, Text, Switch> value;
   std::string path() const { return absl::StrCat(group, ".", key); }
 };
 
+// As engine/speculation.h has it, which this folder does not include.
+constexpr int64_t kMaxDrafts = 8;
 constexpr int64_t kDay = 24 * 3600 * 1000;
 constexpr int64_t kGigabyte = 1 << 30;
 
@@ -61,6 +67,8 @@ const std::vector<Field>& Fields() {
       {"scheduler", "max_queue", Integer{&C::scheduler_max_queue, 1, 1 << 20}},
       {"scheduler", "prefill_chunk", Integer{&C::scheduler_prefill_chunk, 1, 65536}},
       {"scheduler", "default_priority", Integer{&C::scheduler_default_priority, 1, 1000000}},
+      {"speculation", "enabled", Switch{&C::speculation_enabled}},
+      {"speculation", "max_draft", Integer{&C::speculation_max_draft, 0, kMaxDrafts}},
       {"limits", "default_max_tokens", Integer{&C::limits_default_max_tokens, 1, 1 << 24}},
       {"limits", "max_texts", Integer{&C::limits_max_texts, 1, 1 << 20}},
   };
@@ -91,6 +99,12 @@ std::optional<std::string> Set(const Field& field, const std::string& text, Serv
     config->*(integer->member) = value;
   } else if (const auto* address = std::get_if<Address>(&field.value)) {
     config->*(address->member) = text;
+  } else if (const auto* toggle = std::get_if<Switch>(&field.value)) {
+    // YAML's own spellings, and no others.
+    if (text != "true" && text != "false") {
+      return absl::StrCat(field.path(), ": must be true or false; was '", text, "'");
+    }
+    config->*(toggle->member) = text == "true";
   } else {
     config->*(std::get<Text>(field.value).member) = text;
   }
@@ -209,6 +223,8 @@ nlohmann::ordered_json ToJson(const ServerConfig& config) {
       json[field.path()] = config.*(integer->member);
     } else if (const auto* address = std::get_if<Address>(&field.value)) {
       json[field.path()] = config.*(address->member);
+    } else if (const auto* toggle = std::get_if<Switch>(&field.value)) {
+      json[field.path()] = config.*(toggle->member);
     } else {
       json[field.path()] = config.*(std::get<Text>(field.value).member);
     }

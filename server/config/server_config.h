@@ -32,6 +32,8 @@ struct ServerConfig {
   int64_t scheduler_max_queue = 256;
   int64_t scheduler_prefill_chunk = 128;
   int64_t scheduler_default_priority = 10;
+  bool speculation_enabled = true;
+  int64_t speculation_max_draft = 8;
   int64_t limits_default_max_tokens = 256;
   int64_t limits_max_texts = 128;
 };

@@ -88,6 +88,10 @@ Metrics::Metrics(const ServedModel& model)
       ready_(AddGauge("nestor_ready", "1 while the server takes requests.")),
       prompt_tokens_(AddCounter("nestor_prompt_tokens_total", "Prompt tokens run.")),
       generation_tokens_(AddCounter("nestor_generation_tokens_total", "Tokens generated.")),
+      draft_tokens_(AddCounter("nestor_spec_decode_num_draft_tokens_total",
+                               "Tokens drafted at a cheaper level.")),
+      accepted_tokens_(AddCounter("nestor_spec_decode_num_accepted_tokens_total",
+                                  "Drafted tokens that the level above drew too.")),
       targets_met_(AddCounter("nestor_request_target_total",
                               "Accepted requests with a target, by whether they met it.",
                               {{"result", "met"}})),
@@ -175,6 +179,11 @@ void Metrics::OnStep(const StepEvent& step) {
   if (step.predicted > Duration::zero()) {
     step_time_error_->Observe(SecondsOf(step.actual) / SecondsOf(step.predicted));
   }
+}
+
+void Metrics::OnSpeculation(const SpeculationEvent& round) {
+  draft_tokens_->Increment(static_cast<double>(round.num_drafted));
+  accepted_tokens_->Increment(static_cast<double>(round.num_accepted));
 }
 
 void Metrics::OnTokens(int level, TokenKind kind, int64_t count) {

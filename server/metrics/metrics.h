@@ -31,6 +31,7 @@ class Metrics : public Events {
   void OnRejected(absl::StatusCode code) override;
   void OnLoad(const LoadEvent& load) override;
   void OnStep(const StepEvent& step) override;
+  void OnSpeculation(const SpeculationEvent& round) override;
   void OnTokens(int level, TokenKind kind, int64_t count) override;
   void OnFirstToken(Duration since_arrival) override;
   void OnNextToken(Duration since_last) override;
@@ -58,6 +59,8 @@ class Metrics : public Events {
   prometheus::Gauge* ready_;
   prometheus::Counter* prompt_tokens_;
   prometheus::Counter* generation_tokens_;
+  prometheus::Counter* draft_tokens_;
+  prometheus::Counter* accepted_tokens_;
   std::vector<prometheus::Counter*> prompt_tokens_by_level_;
   std::vector<prometheus::Counter*> completion_tokens_by_level_;
   std::map<FinishReason, prometheus::Counter*> successes_;

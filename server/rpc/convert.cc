@@ -72,7 +72,8 @@ void UsageToProto(const Usage& usage, v1::Usage* proto) {
   const double rows = static_cast<double>(std::max<int64_t>(1, usage.rows));
   proto->set_mean_relative_cost(usage.relative_cost / rows);
   proto->set_mean_relative_flops(usage.relative_flops / rows);
-  proto->set_expected_quality(usage.quality / rows);
+  proto->set_expected_quality(usage.quality /
+                              static_cast<double>(std::max<int64_t>(1, usage.kept_rows)));
   proto->set_flops(usage.flops);
   DurationToProto(usage.queue_time, proto->mutable_queue_time());
   DurationToProto(usage.prefill_time, proto->mutable_prefill_time());
@@ -82,6 +83,8 @@ void UsageToProto(const Usage& usage, v1::Usage* proto) {
   if (usage.has_target) proto->set_target_met(usage.target_met);
   proto->set_prompt_tokens(static_cast<int32_t>(usage.prompt_tokens));
   proto->set_completion_tokens(static_cast<int32_t>(usage.completion_tokens));
+  proto->set_drafted_tokens(static_cast<int32_t>(usage.drafted_tokens));
+  proto->set_accepted_tokens(static_cast<int32_t>(usage.accepted_tokens));
 }
 
 void ModelToProto(const ServedModel& model, v1::GetModelResponse* proto) {

@@ -130,6 +130,7 @@ absl::StatusOr<std::unique_ptr<Task>> TaskFrom(const v1::GenerateRequest& reques
     task->stops.push_back(request.stop(i));
   }
   task->ignores_end_tokens = request.ignore_eos();
+  task->may_speculate = request.has_speculate() ? request.speculate() : limits.speculates;
   NESTOR_ASSIGN_OR_RETURN(task->sla, SlaFrom(request.budget(), model, CostMeasure::kRelativeCost,
                                              limits.default_priority));
   NESTOR_ASSIGN_OR_RETURN(task->tokens, PromptOf(request, model));

@@ -15,6 +15,7 @@ struct RequestLimits {
   int64_t default_max_tokens = 0;
   int64_t max_texts = 0;
   int default_priority = 1;
+  bool speculates = false;  // where a request does not say
 };
 
 // Turn a request into tasks: tokenise, check every field, resolve the budget. What is left for the

@@ -93,10 +93,10 @@ SpeculationPolicy::Estimate SpeculationPolicy::BestRound(int verify_level, int m
   return best;
 }
 
-SpeculationChoice SpeculationPolicy::Choose(int verify_level, int64_t tokens_left,
+SpeculationChoice SpeculationPolicy::Choose(int verify_level, int64_t most_tokens,
                                             const CostModel& cost_model) const {
   // A round gives one token more than it drafts.
-  const int max_drafts = static_cast<int>(std::min<int64_t>(max_drafts_, tokens_left - 1));
+  const int max_drafts = static_cast<int>(std::min<int64_t>(max_drafts_, most_tokens - 1));
   const Estimate best = BestRound(verify_level, max_drafts, cost_model);
   if (best.choice.num_drafts == 0) return {};
   if (best.gain >= kLeastGain) {

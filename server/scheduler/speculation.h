@@ -42,8 +42,9 @@ class SpeculationPolicy {
   // `max_drafts` 0: plain steps always.
   SpeculationPolicy(Ladder ladder, int max_drafts);
 
-  // `tokens_left` is what the stream may still generate. Changes nothing.
-  SpeculationChoice Choose(int verify_level, int64_t tokens_left,
+  // A round may give `most_tokens` at most: what is left of the stream, or of a step's rows.
+  // Changes nothing.
+  SpeculationChoice Choose(int verify_level, int64_t most_tokens,
                            const CostModel& cost_model) const;
   void Observe(const SpeculationRound& round, const CostModel& cost_model);
 

@@ -126,13 +126,14 @@ TEST_F(LanguageModelTest, TheTableListsEveryLevel) {
             static_cast<int64_t>(served_->levels().size()) + 2);
 }
 
-TEST_F(LanguageModelTest, EveryPinnedLevelRunsAndRepeatsItsText) {
+TEST_F(LanguageModelTest, EveryPinnedLevelRunsAndRepeatsItsTextWithAndWithoutSpeculation) {
   for (const Json& level : served_->levels()) {
     SCOPED_TRACE(level.dump());
-    const std::vector<std::string> flags = {
-        "--level", level["level"].dump(), "--seed", "7", "--temperature",
-        "0.9",     "--max-tokens",        "24"};
+    std::vector<std::string> flags = {
+        "--level", level["level"].dump(), "--seed", "7", "--temperature", "0.9", "--max-tokens",
+        "24",      "--speculate=false"};
     const Json first = Generate(flags);
+    flags.back() = "--speculate";
     const Json second = Generate(flags);
     ASSERT_TRUE(first.is_object() && second.is_object());
     EXPECT_EQ(first["text"], second["text"]);
@@ -147,6 +148,8 @@ TEST_F(LanguageModelTest, EveryPinnedLevelRunsAndRepeatsItsText) {
     EXPECT_NEAR(usage["expected_quality"], level["quality"], 1e-9);
     EXPECT_EQ(usage["prompt_tokens"], 16);
     EXPECT_EQ(usage["completion_tokens"], 24);
+    EXPECT_EQ(usage["drafted_tokens"], 0);
+    EXPECT_NEAR(second["usage"]["expected_quality"], level["quality"], 1e-9);
     EXPECT_GT(usage["flops"], 0);
     EXPECT_GT(usage["time_to_first_token_seconds"], 0);
     EXPECT_EQ(usage["degraded"], false);
@@ -225,8 +228,8 @@ TEST_F(LanguageModelTest, AnAimThatIsEasilyMetIsReportedAsMet) {
 }
 
 TEST_F(LanguageModelTest, TextGoesToStdoutAndUsageToStderr) {
-  const std::vector<std::string> arguments = {"generate", "Hello", "--max-tokens", "12",
-                                              "--ignore-eos"};
+  const std::vector<std::string> arguments = {"generate", "Hello",        "--max-tokens",
+                                              "12",       "--ignore-eos", "--speculate=false"};
   const ProgramResult plain = Run(arguments);
   EXPECT_EQ(plain.exit_code, 0) << plain.err;
   std::vector<std::string> with_json = arguments;

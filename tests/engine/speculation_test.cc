@@ -116,6 +116,7 @@ class SpeculationTest : public ::testing::Test {
       shape.token = tokens.back();
       const absl::Status status = round.Run(shape, &sampler);
       EXPECT_TRUE(status.ok()) << status;
+      EXPECT_TRUE(round.sequence_status().ok());
       bool goes_on = true;
       while (goes_on && tokens.size() < count && round.num_drawn() < taken_each) {
         tokens.push_back(sampler.Sample(round.logits()));

@@ -113,6 +113,31 @@ TEST_F(LanguageModelTimerTest, AFailureGivesTheSequencesBack) {
   EXPECT_EQ(engine_->free_pages(), engine_->num_pages());
 }
 
+TEST_F(LanguageModelTimerTest, AModelThatDraftsForItselfIsAlwaysRight) {
+  EngineTimer timer(engine_.get());
+  const std::vector<std::vector<int32_t>> prompts = {{1, 2, 3}, {4, 5}};
+  const auto measured = timer.Speculate({.prompts = prompts, .num_drafts = 4, .tokens = 12});
+  ASSERT_TRUE(measured.ok()) << measured.status();
+  EXPECT_EQ(measured->acceptance(), 1);
+  // Rounds of 5, 5 and 2 tokens.
+  EXPECT_EQ(measured->decoding.tokens, 24);
+  EXPECT_EQ(measured->verify_steps, 6);
+  EXPECT_EQ(measured->draft_steps, 18);
+  EXPECT_GT(measured->draft_step_seconds(), 0);
+  EXPECT_EQ(engine_->free_pages(), engine_->num_pages());
+}
+
+TEST_F(LanguageModelTimerTest, NoDraftsArePlainSteps) {
+  EngineTimer timer(engine_.get());
+  const std::vector<std::vector<int32_t>> prompts = {{1, 2, 3}};
+  const auto measured = timer.Speculate({.prompts = prompts, .tokens = 7});
+  ASSERT_TRUE(measured.ok()) << measured.status();
+  EXPECT_EQ(measured->decoding.tokens, 7);
+  EXPECT_EQ(measured->verify_steps, 7);
+  EXPECT_EQ(measured->draft_steps, 0);
+  EXPECT_EQ(measured->acceptance(), 0);
+}
+
 TEST(EncoderTimerTest, TextsFillStepsUpToTheirRows) {
   TemporaryDirectory directory;
   ASSERT_TRUE(WriteTinyBert(directory.path()).ok());

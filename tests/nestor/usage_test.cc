@@ -31,7 +31,9 @@ v1::Usage MixedUsage() {
     degraded_reason: "per_token_target"
     target_met: false
     prompt_tokens: 5
-    completion_tokens: 32)pb");
+    completion_tokens: 32
+    drafted_tokens: 30
+    accepted_tokens: 21)pb");
 }
 
 TEST(UsageJsonTest, HasEveryFieldInSeconds) {
@@ -42,7 +44,7 @@ TEST(UsageJsonTest, HasEveryFieldInSeconds) {
     "expected_quality": 0.875,
     "queue_seconds": 0.5, "prefill_seconds": 1.0, "decode_seconds": 2.25,
     "degraded": true, "degraded_reason": "per_token_target", "target_met": false,
-    "prompt_tokens": 5, "completion_tokens": 32})"));
+    "prompt_tokens": 5, "completion_tokens": 32, "drafted_tokens": 30, "accepted_tokens": 21})"));
 }
 
 TEST(UsageJsonTest, NoTargetIsNull) { EXPECT_TRUE(ToJson(v1::Usage())["target_met"].is_null()); }
@@ -85,7 +87,8 @@ TEST(UsageLineTest, OneLevelAllAlong) {
 TEST(UsageLineTest, LevelsThatChangeDegradationAndTarget) {
   EXPECT_EQ(UsageLine(MixedUsage(), StreamTiming()),
             "levels 3 x12, 2 x20 (prompt: level 1) | relative cost 0.625 | "
-            "expected quality 0.875 | degraded: per_token_target | target missed");
+            "expected quality 0.875 | 21 of 30 drafted tokens accepted | degraded: "
+            "per_token_target | target missed");
 }
 
 TEST(UsageLineTest, WithoutACompletionThePromptsLevelCounts) {

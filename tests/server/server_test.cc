@@ -118,6 +118,7 @@ class ServerTest : public testing::Test {
     config_.server_listen = "127.0.0.1:0";
     config_.metrics_listen = "";
     config_.server_drain_grace_ms = 0;
+    config_.speculation_enabled = false;  // it depends on measured times, and changes costs
     engine_options_.num_pages = 1000000;
     engine_options_.max_sequence_length = 4000000;
   }
@@ -222,6 +223,22 @@ TEST_F(ServerTest, BudgetsChooseTheLevelAndUsageSaysWhatRan) {
   outcome = Generate(request);
   EXPECT_TRUE(outcome.usage.has_target_met());
   EXPECT_FALSE(outcome.usage.target_met());
+}
+
+TEST_F(ServerTest, ARequestMaySpeculateAndGetsTheSameTokens) {
+  engine_options_.low_levels_err_at = 5;
+  Start();
+  v1::GenerateRequest request = TextRequest("abc", 60);
+  const Outcome plain = Generate(request);
+  request.set_speculate(true);
+  const Outcome speculated = Generate(request);
+  ASSERT_TRUE(speculated.status.ok()) << speculated.status.error_message();
+  EXPECT_EQ(speculated.tokens, plain.tokens);
+  EXPECT_EQ(plain.usage.drafted_tokens(), 0);
+  EXPECT_LE(speculated.usage.accepted_tokens(), speculated.usage.drafted_tokens());
+  EXPECT_DOUBLE_EQ(speculated.usage.expected_quality(), 1);
+  ASSERT_EQ(speculated.usage.completion_levels_size(), 1);
+  EXPECT_EQ(speculated.usage.completion_levels(0).level(), 2);
 }
 
 TEST_F(ServerTest, TokenIdsArePrompts) {

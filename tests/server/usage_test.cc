@@ -39,6 +39,18 @@ TEST(UsageTest, CostsAreSummedOverTheRowsThatRan) {
   EXPECT_DOUBLE_EQ(usage.flops, 500);
 }
 
+TEST(UsageTest, DiscardedRowsCostButSayNothingOfTheQuality) {
+  Usage usage;
+  usage.AddDecodeRow(kFull);
+  usage.AddDiscardedRows(2, kCheap);
+  EXPECT_EQ(usage.rows, 3);
+  EXPECT_EQ(usage.kept_rows, 1);
+  EXPECT_DOUBLE_EQ(usage.relative_cost, 2);
+  EXPECT_DOUBLE_EQ(usage.relative_flops, 2.5);
+  EXPECT_DOUBLE_EQ(usage.flops, 400);
+  EXPECT_DOUBLE_EQ(usage.quality, 1);
+}
+
 TEST(UsageTest, MergedTasksAddTheirRowsAndKeepTheSlowerTimes) {
   Usage a;
   a.AddPromptRows(0, 3, kCheap);

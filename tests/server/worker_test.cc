@@ -90,6 +90,11 @@ class RecordingEvents : public Events {
     MutexLock lock(&mutex_);
     rows_ += step.rows;
   }
+  void OnSpeculation(const SpeculationEvent& round) override {
+    MutexLock lock(&mutex_);
+    drafted_ += round.num_drafted;
+    accepted_ += round.num_accepted;
+  }
   void OnTokens(int level, TokenKind kind, int64_t count) override {
     MutexLock lock(&mutex_);
     tokens_[{level, kind}] += count;
@@ -114,10 +119,20 @@ class RecordingEvents : public Events {
     MutexLock lock(&mutex_);
     return rows_;
   }
+  int64_t drafted() {
+    MutexLock lock(&mutex_);
+    return drafted_;
+  }
+  int64_t accepted() {
+    MutexLock lock(&mutex_);
+    return accepted_;
+  }
 
  private:
   Mutex mutex_;
   int64_t rows_ ABSL_GUARDED_BY(mutex_) = 0;
+  int64_t drafted_ ABSL_GUARDED_BY(mutex_) = 0;
+  int64_t accepted_ ABSL_GUARDED_BY(mutex_) = 0;
   std::map<std::pair<int, TokenKind>, int64_t> tokens_ ABSL_GUARDED_BY(mutex_);
   std::vector<Failure> failures_ ABSL_GUARDED_BY(mutex_);
 };
@@ -531,6 +546,241 @@ TEST_F(WorkerTest, DestructionEndsEveryTask) {
   worker_.reset();
   ASSERT_TRUE(output.has_ended());
   EXPECT_EQ(output.WaitForEnd().code(), absl::StatusCode::kUnavailable);
+}
+
+// Time on the fake engine means nothing, so these tests hold for rounds and plain steps in any mix;
+// only the first choice is known: five drafts at level 0.
+class SpeculatingWorkerTest : public WorkerTest {
+ protected:
+  SpeculatingWorkerTest() { options_.max_drafts = 8; }
+
+  static std::unique_ptr<Task> Speculate(std::vector<int32_t> prompt, int64_t max_tokens,
+                                         TaskOutput* output) {
+    auto task = Generate(std::move(prompt), max_tokens, output);
+    task->may_speculate = true;
+    return task;
+  }
+
+  int64_t NumRounds() const {
+    int64_t rounds = 0;
+    for (const auto& step : control_.steps()) {
+      rounds += step.front().output == StepEntry::Output::kAllLogits;
+    }
+    return rounds;
+  }
+};
+
+TEST_F(SpeculatingWorkerTest, TokensAreThoseOfPlainDecodingAndUsageSaysWhatRan) {
+  engine_options_.low_levels_err_at = 4;  // after 'd', 'h', 'l', ...
+  Start();
+  RecordingOutput& output = NewOutput();
+  ASSERT_TRUE(Submit(Speculate({'a'}, 12, &output)).ok());
+  EXPECT_TRUE(output.WaitForEnd().ok());
+  EXPECT_EQ(output.text(), "bcdefghijklm");
+  const Usage usage = output.result().usage;
+  EXPECT_EQ(output.result().finish_reason, FinishReason::kLength);
+  EXPECT_THAT(usage.completion_levels, ElementsAre(LevelRun{2, 12}));
+  EXPECT_EQ(usage.completion_tokens, 12);
+  EXPECT_EQ(usage.kept_rows, 12);
+  EXPECT_DOUBLE_EQ(usage.quality, 12);
+  EXPECT_EQ(usage.rows, events_.rows());
+  EXPECT_GT(usage.drafted_tokens, usage.accepted_tokens);
+  EXPECT_EQ(usage.drafted_tokens, events_.drafted());
+  EXPECT_EQ(usage.accepted_tokens, events_.accepted());
+  EXPECT_EQ(events_.tokens(2, TokenKind::kCompletion), 12);
+  EXPECT_EQ(control_.free_pages(), 64);
+}
+
+TEST_F(SpeculatingWorkerTest, ARoundDraftsVerifiesAndGoesOnBehindWhatWasAccepted) {
+  engine_options_.low_levels_err_at = 4;
+  Start();
+  RecordingOutput& output = NewOutput();
+  ASSERT_TRUE(Submit(Speculate({'a'}, 20, &output)).ok());
+  EXPECT_TRUE(output.WaitForEnd().ok());
+  const auto steps = control_.steps();
+  // The prompt gives 'b'; the drafts c d f g h; the level above draws e after d.
+  ASSERT_GE(steps.size(), 8u);
+  for (int64_t i = 1; i <= 5; ++i) {
+    EXPECT_EQ(steps[static_cast<size_t>(i)].front().position, i);
+    EXPECT_EQ(steps[static_cast<size_t>(i)].front().rows, 1);
+    EXPECT_EQ(steps[static_cast<size_t>(i)].front().level, 0);
+  }
+  EXPECT_EQ(steps[6].front().position, 1);
+  EXPECT_EQ(steps[6].front().rows, 6);
+  EXPECT_EQ(steps[6].front().level, 2);
+  EXPECT_EQ(steps[6].front().output, StepEntry::Output::kAllLogits);
+  EXPECT_EQ(steps[7].front().position, 4);
+}
+
+TEST_F(SpeculatingWorkerTest, AnEndTokenInsideAnAcceptedRunEndsItThere) {
+  options_.end_tokens = {'d'};
+  Start();
+  RecordingOutput& output = NewOutput();
+  ASSERT_TRUE(Submit(Speculate({'a'}, 20, &output)).ok());
+  EXPECT_TRUE(output.WaitForEnd().ok());
+  EXPECT_THAT(output.tokens(), ElementsAre('b', 'c', 'd'));
+  EXPECT_EQ(output.result().finish_reason, FinishReason::kStop);
+  EXPECT_EQ(output.result().usage.drafted_tokens, 5);
+  EXPECT_EQ(output.result().usage.accepted_tokens, 2);
+  // The prompt, five drafts, six rows verified: 'b', 'c', and those of 'd' on for nothing.
+  EXPECT_EQ(output.result().usage.rows, 12);
+  EXPECT_EQ(output.result().usage.kept_rows, 3);
+  EXPECT_EQ(control_.free_pages(), 64);
+}
+
+TEST_F(SpeculatingWorkerTest, AStopStringInsideAnAcceptedRunEndsTheTextBeforeIt) {
+  Start();
+  RecordingOutput& output = NewOutput();
+  auto task = Speculate({'a'}, 20, &output);
+  task->stops = {"de"};
+  ASSERT_TRUE(Submit(std::move(task)).ok());
+  EXPECT_TRUE(output.WaitForEnd().ok());
+  EXPECT_EQ(output.text(), "bc");
+  EXPECT_THAT(output.tokens(), ElementsAre('b', 'c', 'd', 'e'));
+  EXPECT_EQ(output.result().finish_reason, FinishReason::kStop);
+}
+
+TEST_F(SpeculatingWorkerTest, DraftsStayWithinMaxTokensAndTheReservation) {
+  engine_options_.num_pages = 1;  // of 4 positions
+  Start();
+  RecordingOutput& output = NewOutput();
+  ASSERT_TRUE(Submit(Speculate({'a'}, 3, &output)).ok());
+  EXPECT_TRUE(output.WaitForEnd().ok());
+  EXPECT_THAT(output.tokens(), ElementsAre('b', 'c', 'd'));
+  EXPECT_LE(output.result().usage.drafted_tokens, 1);
+}
+
+TEST_F(SpeculatingWorkerTest, ASlowReaderPausesInsideARoundAndGoesOnWhereItStopped) {
+  Start();
+  RecordingOutput& output = NewOutput(/*capacity=*/3);
+  const auto id = Submit(Speculate({'a'}, 9, &output));
+  ASSERT_TRUE(id.ok());
+  output.WaitForTokens(3);
+  RecordingOutput& other = NewOutput();
+  ASSERT_TRUE(Submit(Generate({'p'}, 4, &other)).ok());
+  EXPECT_TRUE(other.WaitForEnd().ok());
+  EXPECT_THAT(output.tokens(), ElementsAre('b', 'c', 'd'));
+  output.set_capacity(100);
+  worker_->Resume(*id);
+  EXPECT_TRUE(output.WaitForEnd().ok());
+  EXPECT_EQ(output.text(), "bcdefghij");
+  EXPECT_EQ(output.result().usage.kept_rows, 9);
+}
+
+TEST_F(SpeculatingWorkerTest, CompanyMeansPlainSteps) {
+  Start();
+  RecordingOutput& a = NewOutput();
+  RecordingOutput& b = NewOutput();
+  std::vector<std::unique_ptr<Task>> tasks;
+  tasks.push_back(Speculate({'a'}, 8, &a));
+  tasks.push_back(Speculate({'p'}, 8, &b));
+  ASSERT_TRUE(worker_->Submit(std::move(tasks)).ok());
+  EXPECT_TRUE(a.WaitForEnd().ok());
+  EXPECT_TRUE(b.WaitForEnd().ok());
+  EXPECT_EQ(NumRounds(), 0);
+  EXPECT_EQ(a.result().usage.drafted_tokens, 0);
+}
+
+TEST_F(SpeculatingWorkerTest, ATaskThatWaitsMeansPlainSteps) {
+  options_.max_running = 1;
+  Start();
+  RecordingOutput& a = NewOutput();
+  RecordingOutput& b = NewOutput();
+  std::vector<std::unique_ptr<Task>> tasks;
+  tasks.push_back(Speculate({'a'}, 8, &a));
+  tasks.push_back(Generate({'p'}, 8, &b));
+  ASSERT_TRUE(worker_->Submit(std::move(tasks)).ok());
+  EXPECT_TRUE(a.WaitForEnd().ok());
+  EXPECT_TRUE(b.WaitForEnd().ok());
+  EXPECT_EQ(NumRounds(), 0);
+}
+
+TEST_F(SpeculatingWorkerTest, ATaskThatMayNotSpeculateRunsPlainSteps) {
+  Start();
+  RecordingOutput& output = NewOutput();
+  ASSERT_TRUE(Submit(Generate({'a'}, 8, &output)).ok());
+  EXPECT_TRUE(output.WaitForEnd().ok());
+  EXPECT_EQ(NumRounds(), 0);
+}
+
+TEST_F(SpeculatingWorkerTest, TheLevelAboveIsTheOneThatTheBudgetAllows) {
+  engine_options_.low_levels_err_at = 4;
+  Start();
+  RecordingOutput& output = NewOutput();
+  auto task = Speculate({'a'}, 5, &output);
+  task->sla.levels = {1};
+  ASSERT_TRUE(Submit(std::move(task)).ok());
+  EXPECT_TRUE(output.WaitForEnd().ok());
+  EXPECT_EQ(output.text(), "bcdfg");  // level 1 errs as level 0 does
+  EXPECT_THAT(output.result().usage.completion_levels, ElementsAre(LevelRun{1, 5}));
+  for (const auto& step : control_.steps()) EXPECT_LE(step.front().level, 1);
+}
+
+TEST_F(SpeculatingWorkerTest, ADraftedTokenThatIsNotFiniteFailsNothing) {
+  engine_options_.low_levels_err_at = 100;  // after 'd' comes 'f', which is drafted too soon
+  control_.FailToken('f');
+  Start();
+  RecordingOutput& output = NewOutput();
+  ASSERT_TRUE(Submit(Speculate({'a'}, 5, &output)).ok());
+  EXPECT_TRUE(output.WaitForEnd().ok());
+  EXPECT_EQ(output.text(), "bcdef");
+}
+
+TEST_F(SpeculatingWorkerTest, ATokenThatIsNotFiniteFailsItsSequence) {
+  control_.FailToken('d');
+  Start();
+  RecordingOutput& output = NewOutput();
+  ASSERT_TRUE(Submit(Speculate({'a'}, 9, &output)).ok());
+  EXPECT_EQ(output.WaitForEnd().code(), absl::StatusCode::kInternal);
+  EXPECT_EQ(output.text(), "bcd");
+  EXPECT_THAT(events_.failures(), ElementsAre(Failure::kNonFinite));
+  EXPECT_EQ(control_.free_pages(), 64);
+}
+
+TEST_F(SpeculatingWorkerTest, LongStreamsMixRoundsAndStepsWithoutLosingAToken) {
+  engine_options_.low_levels_err_at = 7;
+  engine_options_.num_pages = 1000;
+  engine_options_.max_sequence_length = 4000;
+  Start();
+  RecordingOutput& output = NewOutput();
+  ASSERT_TRUE(Submit(Speculate({0}, 3000, &output)).ok());
+  EXPECT_TRUE(output.WaitForEnd().ok());
+  const std::vector<int32_t> tokens = output.tokens();
+  ASSERT_EQ(tokens.size(), 3000u);
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    ASSERT_EQ(tokens[i], static_cast<int32_t>((i + 1) % 256));
+  }
+  EXPECT_GT(NumRounds(), 0);
+}
+
+TEST_F(SpeculatingWorkerTest, ManyThreadsSubmitAndCancelStreams) {
+  options_.max_queue = 1000;
+  engine_options_.low_levels_err_at = 3;
+  Start();
+  constexpr int kThreads = 4;
+  constexpr int kTasks = 25;
+  for (int i = 0; i < kThreads * kTasks; ++i) NewOutput();
+  std::vector<std::thread> threads;
+  for (int t = 0; t < kThreads; ++t) {
+    threads.emplace_back([&, t] {
+      for (int i = 0; i < kTasks; ++i) {
+        RecordingOutput* output = outputs_[static_cast<size_t>(t * kTasks + i)].get();
+        const auto id = Submit(Speculate({'a'}, 9, output));
+        ASSERT_TRUE(id.ok());
+        if (i % 2 == 0) worker_->Cancel(*id);
+        if (i % 5 == 0) (void)output->WaitForEnd();
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  for (const auto& output : outputs_) {
+    const absl::Status status = output->WaitForEnd();
+    EXPECT_TRUE(status.ok() || absl::IsCancelled(status)) << status;
+    if (status.ok()) {
+      EXPECT_EQ(output->text(), "bcdefghij");
+    }
+  }
+  EXPECT_EQ(control_.free_pages(), 64);
 }
 
 TEST_F(WorkerTest, ManyThreadsSubmitAndCancel) {

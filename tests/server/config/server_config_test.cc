@@ -55,6 +55,16 @@ TEST(ServerConfigTest, EveryViolationIsReportedAtOnce) {
                            HasSubstr("stream.buffer_tokens: must be in [1,")));
 }
 
+TEST(ServerConfigTest, SwitchesAreTrueOrFalse) {
+  const auto config = ParseConfig("speculation: {enabled: false, max_draft: 0}", "test.yaml");
+  ASSERT_TRUE(config.ok()) << config.status();
+  EXPECT_FALSE(config->speculation_enabled);
+  EXPECT_EQ(config->speculation_max_draft, 0);
+  EXPECT_THAT(ErrorOf("speculation: {enabled: maybe, max_draft: 9}"),
+              AllOf(HasSubstr("speculation.enabled: must be true or false; was 'maybe'"),
+                    HasSubstr("speculation.max_draft: must be in [0, 8]; was 9")));
+}
+
 TEST(ServerConfigTest, KeysThatContradictEachOtherAreReported) {
   EXPECT_THAT(ErrorOf("engine: {max_sequences: 600}"), HasSubstr("engine.max_sequences"));
   EXPECT_THAT(ErrorOf("limits: {max_texts: 500}"), HasSubstr("limits.max_texts"));

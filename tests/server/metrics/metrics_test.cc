@@ -65,6 +65,7 @@ TEST(MetricsTest, EventsAreCounted) {
   usage.has_target = true;
   usage.degradation = Degradation::kFirstTokenTarget;
   metrics.OnFinished(FinishReason::kLength, usage, std::chrono::milliseconds(30));
+  metrics.OnSpeculation({.num_drafted = 9, .num_accepted = 4});
   metrics.OnStep({.rows = 5,
                   .actual = std::chrono::microseconds(300),
                   .predicted = std::chrono::microseconds(200)});
@@ -72,7 +73,8 @@ TEST(MetricsTest, EventsAreCounted) {
   for (const char* line :
        {"nestor_ready 1", "nestor_num_requests_running 3", "nestor_num_requests_waiting 7",
         "nestor_kv_cache_usage_perc 0.25", "nestor_prompt_tokens_total 12",
-        "nestor_generation_tokens_total 1",
+        "nestor_generation_tokens_total 1", "nestor_spec_decode_num_draft_tokens_total 9",
+        "nestor_spec_decode_num_accepted_tokens_total 4",
         "nestor_tokens_by_level_total{kind=\"prompt\",level=\"1\"} 12",
         "nestor_requests_rejected_total{reason=\"queue_full\"} 1",
         "nestor_requests_failed_total{reason=\"slow_reader\"} 1",
