@@ -3,6 +3,8 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <thread>
+#include <utility>
 #include <vector>
 
 #include "absl/strings/str_format.h"
@@ -15,6 +17,8 @@
 
 namespace nestor {
 namespace {
+
+constexpr int64_t kMaxClients = 1024;
 
 struct GenerateFlags {
   ConnectionFlags connection;
@@ -32,6 +36,7 @@ struct GenerateFlags {
   bool ignore_eos = false;
   bool truncate = false;
   std::optional<bool> speculate;
+  int64_t clients = 1;
   bool json = false;
 };
 
@@ -53,6 +58,9 @@ void Declare(Flags* flags, GenerateFlags* values) {
   flags->Add(
       "speculate", &values->speculate,
       "drafts at a cheaper level, the same text sooner; =false: never (default: the daemon's)");
+  flags->Add("clients", &values->clients,
+             "sends the request this many times at once; above 1 prints no text but their joint "
+             "speed while all of them run");
   AddBudgetFlags(flags, &values->budget);
   AddConnectionFlags(flags, &values->connection);
   flags->Add("json", &values->json, "one object on stdout, once the text is complete");
@@ -121,6 +129,7 @@ struct Generation {
   v1::FinishReason finish_reason = v1::FINISH_REASON_UNSPECIFIED;
   v1::Usage usage;
   StreamTiming timing;
+  std::vector<TokenArrival> arrivals;
 };
 
 void Append(const v1::GenerateResponse& message, absl::Duration elapsed, Generation* generation) {
@@ -129,16 +138,18 @@ void Append(const v1::GenerateResponse& message, absl::Duration elapsed, Generat
   generation->tokens.insert(generation->tokens.end(), message.tokens().begin(),
                             message.tokens().end());
   generation->timing.Record(elapsed, message.tokens_size());
+  if (message.tokens_size() > 0) {
+    generation->arrivals.push_back({.elapsed = elapsed, .tokens = message.tokens_size()});
+  }
   if (message.finish_reason() != v1::FINISH_REASON_UNSPECIFIED) {
     generation->finish_reason = message.finish_reason();
   }
   if (message.has_usage()) generation->usage = message.usage();
 }
 
-// Text that has arrived is printed even where the stream ends in an error.
+// Text that has arrived is printed even where the stream ends in an error. Times are since `start`.
 absl::StatusOr<Generation> Stream(Connection* connection, const v1::GenerateRequest& request,
-                                  bool prints_text) {
-  const auto start = std::chrono::steady_clock::now();
+                                  bool prints_text, std::chrono::steady_clock::time_point start) {
   const std::unique_ptr<grpc::ClientContext> context = connection->MakeContext();
   const auto reader = connection->inference().Generate(context.get(), request);
   Generation generation;
@@ -164,6 +175,49 @@ void PrintJson(const Generation& generation) {
   absl::PrintF("%s\n", json.dump(2));
 }
 
+// The request `count` times at once, each on a thread of its own.
+absl::StatusOr<std::vector<Generation>> StreamAll(Connection* connection,
+                                                  const v1::GenerateRequest& request,
+                                                  int64_t count) {
+  const auto start = std::chrono::steady_clock::now();
+  std::vector<absl::StatusOr<Generation>> streams(count);
+  {
+    std::vector<std::jthread> threads;
+    for (absl::StatusOr<Generation>& stream : streams) {
+      threads.emplace_back([&stream, connection, &request, start] {
+        stream = Stream(connection, request, /*prints_text=*/false, start);
+      });
+    }
+  }
+  std::vector<Generation> generations;
+  for (absl::StatusOr<Generation>& stream : streams) {
+    NESTOR_ASSIGN_OR_RETURN(Generation generation, std::move(stream));
+    generations.push_back(std::move(generation));
+  }
+  return generations;
+}
+
+void PrintJointSpeed(const std::vector<Generation>& generations, bool prints_json) {
+  std::vector<std::vector<TokenArrival>> arrivals;
+  std::vector<v1::Usage> usages;
+  for (const Generation& generation : generations) {
+    arrivals.push_back(generation.arrivals);
+    usages.push_back(generation.usage);
+  }
+  const v1::Usage usage = Merge(usages);
+  const std::optional<double> speed = JointTokensPerSecond(arrivals);
+  if (prints_json) {
+    nlohmann::json json = {
+        {"clients", generations.size()}, {"tokens_per_second", nullptr}, {"usage", ToJson(usage)}};
+    if (speed) json["tokens_per_second"] = *speed;
+    absl::PrintF("%s\n", json.dump(2));
+    return;
+  }
+  absl::PrintF("%d clients, %d tokens", generations.size(), usage.completion_tokens());
+  if (speed) absl::PrintF(", %.1f tokens/s while all of them ran", *speed);
+  absl::PrintF("\n[%s]\n", UsageLine(usage, /*shows_flops=*/false));
+}
+
 }  // namespace
 
 absl::Status RunGenerate(const std::vector<std::string>& arguments) {
@@ -176,8 +230,19 @@ absl::Status RunGenerate(const std::vector<std::string>& arguments) {
   Declare(&flags, &values);
   NESTOR_ASSIGN_OR_RETURN(const std::vector<std::string> positional, flags.Parse(arguments));
   NESTOR_ASSIGN_OR_RETURN(const v1::GenerateRequest request, MakeRequest(values, positional));
+  if (values.clients < 1 || values.clients > kMaxClients) {
+    return UsageError(
+        absl::StrFormat("--clients: expected 1 to %d; was %d", kMaxClients, values.clients));
+  }
   Connection connection(values.connection);
-  NESTOR_ASSIGN_OR_RETURN(const Generation generation, Stream(&connection, request, !values.json));
+  if (values.clients > 1) {
+    NESTOR_ASSIGN_OR_RETURN(const std::vector<Generation> generations,
+                            StreamAll(&connection, request, values.clients));
+    PrintJointSpeed(generations, values.json);
+    return absl::OkStatus();
+  }
+  NESTOR_ASSIGN_OR_RETURN(const Generation generation, Stream(&connection, request, !values.json,
+                                                              std::chrono::steady_clock::now()));
   if (values.json) {
     PrintJson(generation);
   } else {

@@ -2,6 +2,8 @@
 
 #include <google/protobuf/repeated_field.h>
 
+#include <algorithm>
+
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
@@ -89,6 +91,24 @@ void StreamTiming::Record(absl::Duration elapsed, int64_t num_tokens) {
 std::optional<double> StreamTiming::tokens_per_second() const {
   if (tokens_after_first_ == 0 || last_ <= *first_) return std::nullopt;
   return static_cast<double>(tokens_after_first_) / absl::ToDoubleSeconds(last_ - *first_);
+}
+
+std::optional<double> JointTokensPerSecond(const std::vector<std::vector<TokenArrival>>& streams) {
+  absl::Duration begin = -absl::InfiniteDuration();
+  absl::Duration end = absl::InfiniteDuration();
+  for (const std::vector<TokenArrival>& stream : streams) {
+    if (stream.empty()) return std::nullopt;
+    begin = std::max(begin, stream.front().elapsed);
+    end = std::min(end, stream.back().elapsed);
+  }
+  if (end <= begin) return std::nullopt;
+  int64_t tokens = 0;
+  for (const std::vector<TokenArrival>& stream : streams) {
+    for (const TokenArrival& arrival : stream) {
+      if (arrival.elapsed > begin && arrival.elapsed <= end) tokens += arrival.tokens;
+    }
+  }
+  return static_cast<double>(tokens) / absl::ToDoubleSeconds(end - begin);
 }
 
 nlohmann::json ToJson(const v1::Usage& usage) {

@@ -28,6 +28,16 @@ class StreamTiming {
   int64_t tokens_after_first_ = 0;
 };
 
+// Tokens that reached the client together, `elapsed` after the streams' common start.
+struct TokenArrival {
+  absl::Duration elapsed;
+  int64_t tokens = 0;
+};
+
+// Joint speed of several streams while all of them run: from the last one's first arrival to the
+// first one's last. Absent where that leaves no time. REQUIRES: `streams` is not empty.
+std::optional<double> JointTokensPerSecond(const std::vector<std::vector<TokenArrival>>& streams);
+
 // Every field of a Usage, times in seconds: {"prompt_levels": [{"level", "tokens"}], ...}.
 // `target_met` is null where no target was given.
 nlohmann::json ToJson(const v1::Usage& usage);

@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import pathlib
+import signal
 import statistics
 import subprocess
 import sys
@@ -311,6 +312,8 @@ def main():
         command.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
         command.add_argument("--batch", type=batch_sizes, default=[1, 32])
     options = parser.parse_args()
+    # SIGTERM must end the daemon, too, as Ctrl-C does.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     options.run(options)
 
 

@@ -360,6 +360,16 @@ TEST_F(LanguageModelTest, EvaluateAgreesWithTheServedLevels) {
   }
 }
 
+TEST_F(LanguageModelTest, SeveralClientsGiveTheirJointSpeed) {
+  const Json reply = Generate({"--clients", "3", "--max-tokens", "32", "--level", "0"});
+  ASSERT_TRUE(reply.is_object());
+  EXPECT_EQ(reply["clients"], 3);
+  EXPECT_EQ(reply["usage"]["completion_tokens"], 96);
+  // Null where one stream was over before another began, which a model as small as this allows.
+  EXPECT_TRUE(reply.contains("tokens_per_second"));
+  EXPECT_EQ(Run({"generate", "hello", "--clients", "0"}).exit_code, 2);
+}
+
 TEST_F(LanguageModelTest, BenchMeasuresEveryLevel) {
   const Json bench =
       JsonOf(RunNestor({"bench", served_->directory() + "/nested", "--rows", "1,2", "--tokens", "4",

@@ -2,7 +2,9 @@
 
 #include <google/protobuf/text_format.h>
 
+#include <optional>
 #include <string>
+#include <vector>
 
 #include "gtest/gtest.h"
 
@@ -57,6 +59,23 @@ TEST(UsageJsonTest, AStreamAddsWhatTheClientMeasured) {
   EXPECT_TRUE(ToJson(v1::Usage(), timing)["tokens_per_second"].is_null());
   timing.Record(absl::Milliseconds(750), 4);
   EXPECT_EQ(ToJson(v1::Usage(), timing)["tokens_per_second"], 8);
+}
+
+std::vector<TokenArrival> ArrivalsAt(const std::vector<int>& milliseconds) {
+  std::vector<TokenArrival> arrivals;
+  for (const int time : milliseconds) arrivals.push_back({absl::Milliseconds(time), 1});
+  return arrivals;
+}
+
+TEST(JointTokensPerSecondTest, CountsWhileAllStreamsRun) {
+  // From 200 to 400 ms: two tokens of the first stream, one of the second.
+  EXPECT_EQ(JointTokensPerSecond({ArrivalsAt({100, 200, 300, 400}), ArrivalsAt({200, 300, 500})}),
+            15);
+}
+
+TEST(JointTokensPerSecondTest, IsAbsentWhereStreamsDoNotOverlap) {
+  EXPECT_EQ(JointTokensPerSecond({ArrivalsAt({100, 200}), ArrivalsAt({200, 300})}), std::nullopt);
+  EXPECT_EQ(JointTokensPerSecond({ArrivalsAt({100, 200}), {}}), std::nullopt);
 }
 
 TEST(StreamTimingTest, LeavesTheFirstMessageAndEmptyOnesOut) {
