@@ -28,6 +28,14 @@ double KvCacheUsage(const Engine& engine) {
   return 1 - static_cast<double>(engine.free_pages()) / static_cast<double>(engine.num_pages());
 }
 
+// The rows of a step by the level that they ran at, which may be above the one decided on.
+std::vector<int64_t> ExecutedRows(const StepDecision& decision, const StepResult& result) {
+  std::vector<int64_t> rows(decision.rows_by_level.size(), 0);
+  for (size_t i = 0; i < decision.entries.size(); ++i)
+    rows[result.entries[i].executed_level] += decision.entries[i].rows;
+  return rows;
+}
+
 }  // namespace
 
 Worker::Worker(std::unique_ptr<Engine> engine, Ladder ladder, CostModel cost_model,
@@ -296,6 +304,8 @@ bool Worker::RunStep() {
   int64_t rows = 0;
   for (const StepDecision::Entry& entry : decision.entries) {
     plan.entries.push_back(tasks[entry.task]->Entry(entry.rows, entry.level));
+    for (const int level : tasks[entry.task]->task().sla.levels)
+      plan.entries.back().may_run |= SetOf(level);
     rows += entry.rows;
   }
   const absl::StatusOr<StepResult> result = engine_->Step(plan);
@@ -308,7 +318,7 @@ bool Worker::RunStep() {
   }
   const Duration actual = Clock::now() - begin;
   events_->OnStep({.rows = rows, .actual = actual, .predicted = decision.predicted});
-  cost_model_.Observe(decision.rows_by_level, actual);
+  cost_model_.Observe(ExecutedRows(decision, *result), actual);
   ApplyResult(decision, tasks, *result);
   if (is_single_stream) {
     speculation_.Observe({.verify_level = decision.entries.front().level,
@@ -372,8 +382,10 @@ void Worker::ApplyResult(const StepDecision& decision, const std::vector<Running
                          const StepResult& result) {
   const TimePoint now = Clock::now();
   for (size_t i = 0; i < decision.entries.size(); ++i) {
-    const StepDecision::Entry& planned = decision.entries[i];
+    StepDecision::Entry planned = decision.entries[i];
     const StepResult::Entry& ran = result.entries[i];
+    if (ran.executed_level == tasks[planned.task]->task().sla.levels.front())
+      planned.degradation = Degradation::kNone;
     RunningTask* task = tasks[planned.task];
     if (!ran.status.ok()) {
       FailNonFinite(task, planned.level, ran.status);

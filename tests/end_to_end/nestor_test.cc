@@ -393,8 +393,13 @@ TEST_F(LanguageModelTest, BenchMeasuresEveryLevel) {
     EXPECT_GT(row["tokens_per_second"], 0);
     EXPECT_GT(row["flops"], 0);
   }
-  ASSERT_EQ(bench["mixed"].size(), 2u);
-  EXPECT_EQ(bench["mixed"][0]["rows"], num_levels);
+  ASSERT_EQ(bench["mixed"].size(), 4u);
+  for (const Json& row : bench["mixed"]) {
+    EXPECT_EQ(row["rows"], row["levels"].size());
+    EXPECT_FALSE(row["rows_by_executed_level"].empty());
+    for (const char* key : {"seconds", "seconds_as_asked", "seconds_raised"})
+      EXPECT_GT(row[key], 0) << key;
+  }
 }
 
 class EncoderTest : public ::testing::Test {
