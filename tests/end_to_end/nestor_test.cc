@@ -402,6 +402,24 @@ TEST_F(LanguageModelTest, BenchMeasuresEveryLevel) {
   }
 }
 
+TEST_F(LanguageModelTest, BenchMeasuresSpeculation) {
+  const std::string prompts = served_->directory() + "/prompts.txt";
+  ASSERT_TRUE(WriteFileAtomically(prompts, "a river runs\nseven birds sing\n").ok());
+  const Json bench =
+      JsonOf(RunNestor({"bench", served_->directory() + "/nested", "--speculate", "--prompts",
+                        prompts, "--tokens", "8", "--rounds", "1", "--threads", "1", "--json"}));
+  ASSERT_TRUE(bench.is_object());
+  const Json& speculation = bench["speculation"];
+  EXPECT_GE(speculation["drafts"], 1);
+  EXPECT_LT(speculation["draft_level"], speculation["verify_level"]);
+  EXPECT_GT(speculation["draft_time"], 0);
+  EXPECT_GT(speculation["expected_gain"], 0);
+  EXPECT_GT(speculation["gain"], 0);
+  EXPECT_TRUE(bench["decode"].empty());
+  // A command line that is wrong in itself.
+  EXPECT_EQ(RunNestor({"bench", served_->directory() + "/nested", "--speculate"}).exit_code, 2);
+}
+
 class EncoderTest : public ::testing::Test {
  protected:
   static void SetUpTestSuite() {
