@@ -5,6 +5,20 @@
 namespace nestor {
 namespace {
 
+// Factors run at about half of the rate of planes (docs/kernels.md).
+constexpr double kFactorWeight = 2;
+
+double RowWork(const std::vector<LinearSpec>& layers, const Profile& profile) {
+  double work = 0;
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const auto out = static_cast<double>(layers[i].out);
+    const auto in = static_cast<double>(layers[i].in);
+    if (profile[i].form != Form::kPrefix) work += 2 * out * in;
+    work += kFactorWeight * 2 * static_cast<double>(profile[i].rank) * (out + in);
+  }
+  return work;
+}
+
 // Bytes of one layer for rows in the forms and up to the ranks given; -1 is none.
 int64_t BytesOfLayer(const LinearSpec& layer, DenseStorage dense, bool has_dense,
                      int64_t residual_rank, int64_t prefix_rank) {
@@ -22,6 +36,12 @@ int64_t BytesOfLayer(const LinearSpec& layer, DenseStorage dense, bool has_dense
 }
 
 }  // namespace
+
+LevelRaiser::LevelRaiser(const NestedModel* model, double bytes_per_flop)
+    : model_(model), bytes_per_flop_(bytes_per_flop) {
+  for (const Level& level : model->levels())
+    row_work_.push_back(RowWork(model->layers(), level.profile));
+}
 
 int64_t LevelRaiser::BytesOf(LevelSet levels) {
   const auto found = bytes_.find(levels);
@@ -57,14 +77,13 @@ bool LevelRaiser::Moves(const NestedModel& model, const Entry& entry, int target
 
 double LevelRaiser::CostOf(std::span<const Entry> entries, int target) {
   LevelSet levels = 0;
-  double flops = 0;
+  double work = 0;
   for (const Entry& entry : entries) {
     const int level = Moves(*model_, entry, target) ? target : entry.level;
     levels |= SetOf(level);
-    flops += static_cast<double>(entry.rows) *
-             static_cast<double>(model_->levels()[static_cast<size_t>(level)].cost.flops);
+    work += static_cast<double>(entry.rows) * row_work_[static_cast<size_t>(level)];
   }
-  return static_cast<double>(BytesOf(levels)) + bytes_per_flop_ * flops;
+  return static_cast<double>(BytesOf(levels)) + bytes_per_flop_ * work;
 }
 
 void LevelRaiser::Raise(std::span<Entry> entries) {

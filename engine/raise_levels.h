@@ -25,8 +25,7 @@ class LevelRaiser {
  public:
   // `bytes_per_flop`: bytes that the device reads while it does one FLOP (Backend). `model` is
   // borrowed.
-  LevelRaiser(const NestedModel* model, double bytes_per_flop)
-      : model_(model), bytes_per_flop_(bytes_per_flop) {}
+  LevelRaiser(const NestedModel* model, double bytes_per_flop);
 
   struct Entry {
     int64_t rows = 0;
@@ -47,6 +46,7 @@ class LevelRaiser {
 
   const NestedModel* const model_;
   const double bytes_per_flop_;
+  std::vector<double> row_work_;  // FLOPs of a row by level, those of factors weighed
   std::unordered_map<LevelSet, int64_t> bytes_;  // of the sets seen
 };
 
