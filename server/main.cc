@@ -125,6 +125,20 @@ absl::StatusOr<std::unique_ptr<Engine>> LoadEngine(const ServerConfig& config) {
                          .page_size = config.engine_page_size});
 }
 
+// What will be slow, before it is.
+void WarnOfSlowDevice(const ServerConfig& config) {
+  if (BestInstructionSet() == CpuInstructionSet::kPortable) {
+    LogEvent(LogSeverity::kWarning, "slow_device",
+             {{"reason", "the CPU has no AVX2: portable kernels run, much slower"}});
+  }
+  if (config.device_threads > AvailableCpus()) {
+    LogEvent(LogSeverity::kWarning, "slow_device",
+             {{"reason", absl::StrCat("device.threads: ", config.device_threads,
+                                      " threads for the ", AvailableCpus(),
+                                      " CPUs that this process may use wait for each other")}});
+  }
+}
+
 void AnnounceReady(const Server& server) {
   nlohmann::json levels = nlohmann::json::array();
   for (const ServedLevel& level : server.model().levels) {
@@ -165,6 +179,7 @@ void WaitForStop() {
 absl::Status Serve(const Arguments& arguments) {
   NESTOR_ASSIGN_OR_RETURN(const ServerConfig config, ReadConfig(arguments));
   LogEvent(LogSeverity::kInfo, "configuration", ToJson(config));
+  WarnOfSlowDevice(config);
   NESTOR_ASSIGN_OR_RETURN(std::unique_ptr<Engine> engine, LoadEngine(config));
   ServedModel model = DescribeModel(*engine, DescribeCpu(BestInstructionSet()));
   NESTOR_ASSIGN_OR_RETURN(const std::unique_ptr<Server> server,
