@@ -67,7 +67,7 @@ int64_t LevelRaiser::BytesOf(LevelSet levels) {
 
 bool LevelRaiser::Moves(const NestedModel& model, const Entry& entry, int target) {
   const int full = static_cast<int>(model.levels().size()) - 1;
-  if (entry.level == target || entry.level == full) return false;
+  if (target < 0 || entry.level == target || entry.level == full) return false;
   if ((entry.may_run & SetOf(target)) == 0) return false;
   const Level& from = model.levels()[static_cast<size_t>(entry.level)];
   const Level& to = model.levels()[static_cast<size_t>(target)];
