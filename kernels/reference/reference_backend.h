@@ -7,8 +7,8 @@
 namespace nestor {
 
 struct ReferenceOptions {
-  // Round the input of plane and factor layers to int8 in groups of 32 as the CPU's kernels for
-  // few rows do, so that what remains between the two is floating-point rounding.
+  // Round the input of plane and factor layers to int8 in groups of 32 as the CPU's kernels do (up
+  // to 16 rows, or always with AVX-512), so that little remains between the two.
   bool quantises_activations = false;
 };
 
