@@ -9,6 +9,7 @@
 
 #include <cstdint>
 
+#include "kernels/cpu/factor_b_rows.h"
 #include "kernels/cpu/kernels.h"
 
 namespace nestor {
@@ -335,26 +336,14 @@ float RoundZ(const uint16_t* scales, const float* z, int64_t rank, float* scratc
 
 void FactorB(const int8_t* panel, const int8_t* next, const uint16_t* scales, int64_t rank,
              const FloatRow* rows, int num_rows, float* scratch, float* out) {
-  // Floats are rounded in place: what is written lies before what is read.
-  const int64_t padded_rank = (rank + 15) / 16 * 16;
-  const int64_t pairs = (rank + 1) / 2;
-  for (int begin = 0; begin < num_rows; begin += 4) {
-    const int count = static_cast<int>(Min(4, num_rows - begin));
-    const int32_t* z[4];
-    float row_scales[4];
-    float* at[4];
-    for (int t = 0; t < count; ++t) {
-      const FloatRow& row = rows[begin + t];
-      float* own = scratch + t * padded_rank;
-      row_scales[t] = RoundZ(scales, row.values, rank, own, reinterpret_cast<int16_t*>(own));
-      z[t] = reinterpret_cast<const int32_t*>(own);
-      at[t] = out + row.index * kUnitOutputs;
-    }
-    if (count == 4) FactorBRows<4>(panel, next, pairs, z, row_scales, at);
-    if (count == 3) FactorBRows<3>(panel, next, pairs, z, row_scales, at);
-    if (count == 2) FactorBRows<2>(panel, next, pairs, z, row_scales, at);
-    if (count == 1) FactorBRows<1>(panel, next, pairs, z, row_scales, at);
-  }
+  ForFourRows(scales, rank, rows, num_rows, scratch, out, RoundZ,
+              [&](int count, int64_t pairs, const int32_t* const* z, const float* z_scales,
+                  float* const* at) {
+                if (count == 4) FactorBRows<4>(panel, next, pairs, z, z_scales, at);
+                if (count == 3) FactorBRows<3>(panel, next, pairs, z, z_scales, at);
+                if (count == 2) FactorBRows<2>(panel, next, pairs, z, z_scales, at);
+                if (count == 1) FactorBRows<1>(panel, next, pairs, z, z_scales, at);
+              });
 }
 
 // ---- bf16 and fp32 ----

@@ -668,31 +668,20 @@ TEST_F(SpeculatingWorkerTest, ASlowReaderPausesInsideARoundAndGoesOnWhereItStopp
 }
 
 TEST_F(SpeculatingWorkerTest, CompanyMeansPlainSteps) {
-  Start();
-  RecordingOutput& a = NewOutput();
-  RecordingOutput& b = NewOutput();
-  std::vector<std::unique_ptr<Task>> tasks;
-  tasks.push_back(Speculate({'a'}, 8, &a));
-  tasks.push_back(Speculate({'p'}, 8, &b));
-  ASSERT_TRUE(worker_->Submit(std::move(tasks)).ok());
-  EXPECT_TRUE(a.WaitForEnd().ok());
-  EXPECT_TRUE(b.WaitForEnd().ok());
-  EXPECT_EQ(NumRounds(), 0);
-  EXPECT_EQ(a.result().usage.drafted_tokens, 0);
-}
-
-TEST_F(SpeculatingWorkerTest, ATaskThatWaitsMeansPlainSteps) {
-  options_.max_running = 1;
-  Start();
-  RecordingOutput& a = NewOutput();
-  RecordingOutput& b = NewOutput();
-  std::vector<std::unique_ptr<Task>> tasks;
-  tasks.push_back(Speculate({'a'}, 8, &a));
-  tasks.push_back(Generate({'p'}, 8, &b));
-  ASSERT_TRUE(worker_->Submit(std::move(tasks)).ok());
-  EXPECT_TRUE(a.WaitForEnd().ok());
-  EXPECT_TRUE(b.WaitForEnd().ok());
-  EXPECT_EQ(NumRounds(), 0);
+  for (const int64_t max_running : {2, 1}) {  // beside it, or waiting behind it
+    options_.max_running = max_running;
+    Start();
+    RecordingOutput& a = NewOutput();
+    RecordingOutput& b = NewOutput();
+    std::vector<std::unique_ptr<Task>> tasks;
+    tasks.push_back(Speculate({'a'}, 8, &a));
+    tasks.push_back(max_running > 1 ? Speculate({'p'}, 8, &b) : Generate({'p'}, 8, &b));
+    ASSERT_TRUE(worker_->Submit(std::move(tasks)).ok());
+    EXPECT_TRUE(a.WaitForEnd().ok());
+    EXPECT_TRUE(b.WaitForEnd().ok());
+    EXPECT_EQ(NumRounds(), 0);
+    EXPECT_EQ(a.result().usage.drafted_tokens, 0);
+  }
 }
 
 TEST_F(SpeculatingWorkerTest, ATaskThatMayNotSpeculateRunsPlainSteps) {
