@@ -106,24 +106,25 @@ struct CpuKernels {
   void (*gemm)(const float* x, int64_t x_stride, int64_t rows, int64_t depth, const float* panel,
                const float* bias, float* out, int64_t out_stride, int64_t outputs, bool adds);
 
-  // The int8 path, null where the machine has no dot product of bytes: planes and A times rows that
-  // are rounded to int8, exact in 32 bits within a group.
+  // The int8 path, null where the machine has no dot product of bytes: planes and factors times
+  // rows that are rounded to int8, exact in 32 bits within a group.
   void (*int8_panel_from_planes)(const uint8_t* coarse, const uint8_t* fine, int64_t groups,
                                  uint8_t* panel) = nullptr;
   void (*int8_panel_from_a)(const int8_t* a, int64_t stride, const uint16_t* scales,
                             int64_t scale_stride, int64_t count, int64_t groups,
                             uint8_t* panel) = nullptr;
+  // A group of an int8 panel from 32 components or inputs of 16 outputs, [32][16]: to nearest even,
+  // a scale for each output, absmax / 127.
+  void (*int8_group_from_floats)(const float* values, uint8_t* group) = nullptr;
   // As `gemm`. Bound: 1,024 integer multiply-adds a group and row.
   void (*int8_gemm)(const QuantisedRows& rows, int64_t num_rows, int64_t groups,
                     const uint8_t* panel, const float* bias, float* out, int64_t out_stride,
                     int64_t outputs, bool adds) = nullptr;
 
-  // The bf16 path, null where the machine has no dot product of bf16 pairs: B and bf16 weights
-  // times rows that are rounded to bf16. Subnormals count as zeros.
+  // The bf16 path, null where the machine has no dot product of bf16 pairs: bf16 weights times rows
+  // that are rounded to bf16. Subnormals count as zeros.
   // out[0..n) to nearest even; zeros from there up to a multiple of 16.
   void (*bf16_round_row)(const float* x, int64_t n, uint16_t* out) = nullptr;
-  void (*bf16_panel_from_b)(const int8_t* b, const uint16_t* scales, int64_t rank,
-                            uint16_t* panel) = nullptr;
   void (*bf16_panel_from_bf16)(const uint16_t* values, int64_t depth, uint16_t* panel) = nullptr;
   // As `gemm`; where `depth` is odd the value behind a row's last is read, and must be finite.
   void (*bf16_gemm)(const uint16_t* x, int64_t x_stride, int64_t rows, int64_t depth,

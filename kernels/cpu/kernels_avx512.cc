@@ -414,6 +414,29 @@ void Int8PanelFromA(const int8_t* a, int64_t stride, const uint16_t* scales, int
   }
 }
 
+void Int8GroupFromFloats(const float* values, uint8_t* group) {
+  __m512 absmax = _mm512_setzero_ps();
+#pragma GCC unroll 8
+  for (int64_t k = 0; k < kGroup; ++k)
+    absmax = _mm512_max_ps(absmax, _mm512_abs_ps(_mm512_load_ps(values + k * kPanelOutputs)));
+  const __mmask16 is_nonzero = _mm512_cmp_ps_mask(absmax, _mm512_set1_ps(1e-30f), _CMP_GT_OQ);
+  const __m512 inverse = _mm512_maskz_div_ps(is_nonzero, _mm512_set1_ps(127.0f), absmax);
+  const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
+  const auto code = [&](int64_t k) {
+    return _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(values + k * kPanelOutputs), inverse));
+  };
+  for (int64_t c = 0; c < 8; ++c) {
+    const __m512i low =
+        _mm512_mask_blend_epi16(0xaaaaaaaau, code(4 * c), _mm512_slli_epi32(code(4 * c + 2), 16));
+    const __m512i high = _mm512_mask_blend_epi16(0xaaaaaaaau, code(4 * c + 1),
+                                                 _mm512_slli_epi32(code(4 * c + 3), 16));
+    const __m512i line =
+        _mm512_mask_blend_epi8(0xaaaaaaaaaaaaaaaaull, low, _mm512_slli_epi16(high, 8));
+    _mm512_store_si512(group + c * kLineBytes, _mm512_xor_si512(line, sign));
+  }
+  WriteScales(_mm512_mul_ps(absmax, _mm512_set1_ps(1.0f / 127.0f)), group);
+}
+
 // out (+)= sums + bias in the lanes of `mask`.
 inline void Finish(__m512 sums, const float* bias, __mmask16 mask, bool adds, float* out) {
   if (bias != nullptr) sums = _mm512_add_ps(sums, _mm512_maskz_loadu_ps(mask, bias));
@@ -526,6 +549,7 @@ CpuKernels MakeKernels() {
   kernels.gemm = Gemm;
   kernels.int8_panel_from_planes = Int8PanelFromPlanes;
   kernels.int8_panel_from_a = Int8PanelFromA;
+  kernels.int8_group_from_floats = Int8GroupFromFloats;
   kernels.int8_gemm = Int8Gemm;
   return kernels;
 }

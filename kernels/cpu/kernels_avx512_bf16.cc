@@ -1,6 +1,5 @@
-// The kernels with AVX-512 BF16: products of many rows in bf16 where weights or factors are not
-// codes that share a scale along the inputs. Compiled for that instruction set: plain data and
-// intrinsics alone, as in kernels_avx512.cc.
+// The kernels with AVX-512 BF16: products of many rows with bf16 weights. Compiled for that
+// instruction set: plain data and intrinsics alone, as in kernels_avx512.cc.
 
 #include <immintrin.h>
 
@@ -17,40 +16,12 @@ inline __mmask16 LanesOf(int64_t outputs) {
   return static_cast<__mmask16>((1u << static_cast<unsigned>(outputs)) - 1u);
 }
 
-inline __m512 ScaleOf(uint16_t bits) {
-  return _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int32_t>(bits) << 16));
-}
-
 void RoundRow(const float* x, int64_t n, uint16_t* out) {
   for (int64_t j = 0; j < n; j += 16) {
     const __mmask16 mask = LanesOf(Min(16, n - j));
     const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, x + j));
     // Whole vectors: what lies behind the last value are zeros.
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + j), reinterpret_cast<__m256i>(rounded));
-  }
-}
-
-// Words o and 16 + o become pair o.
-inline __m512i PairUp(__m512i halves) {
-  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
-                                         8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  return _mm512_permutexvar_epi16(order, halves);
-}
-
-void PanelFromB(const int8_t* b, const uint16_t* scales, int64_t rank, uint16_t* panel) {
-  for (int64_t k = 0; k < rank; k += 2) {
-    const int8_t* codes = b + k * kUnitOutputs;
-    const __m512i pairs =
-        _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
-    const __m512 first =
-        _mm512_mul_ps(ScaleOf(scales[k]),
-                      _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(pairs, 16), 16)));
-    __m512 second = _mm512_setzero_ps();
-    if (k + 1 < rank)
-      second =
-          _mm512_mul_ps(ScaleOf(scales[k + 1]), _mm512_cvtepi32_ps(_mm512_srai_epi32(pairs, 16)));
-    const __m512i halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));
-    _mm512_store_si512(panel + k * kPanelOutputs, PairUp(halves));
   }
 }
 
@@ -108,7 +79,6 @@ CpuKernels MakeKernels() {
   CpuKernels kernels = Avx512Kernels();
   kernels.instruction_set = CpuInstructionSet::kAvx512Bf16;
   kernels.bf16_round_row = RoundRow;
-  kernels.bf16_panel_from_b = PanelFromB;
   kernels.bf16_panel_from_bf16 = PanelFromBf16;
   kernels.bf16_gemm = Gemm;
   return kernels;

@@ -84,7 +84,7 @@ void LinearRunner::PlanCall(const LinearCall& call, std::span<const PackedLinear
       for (const RowGroup& group : plan.part->groups) {
         if (group.form == stage->form) stage->max_rank = std::max(stage->max_rank, group.rank);
       }
-      stage->z_stride = RoundUp(stage->max_rank, kPanelOutputs);
+      stage->z_stride = PaddedToGroup(stage->max_rank);
       stage->z_offset = z_size;
       z_size += stage->z_stride * call.rows;
     }

@@ -25,7 +25,7 @@ struct RowBlock {
 // computes z = A x of every factor and, for every 32 outputs, all that they need: planes, then
 // B z, bias. The coarse plane is read once for residual and dense rows together. More rows: panels
 // are unpacked one by one, for all groups at once, and multiplied in what the machine is fastest
-// at: planes and A in int8, B and bf16 weights in bf16, or all in fp32.
+// at: planes and factors in int8, bf16 weights in bf16, or all in fp32.
 //
 // Not thread-safe. Scratch grows to the largest call seen and stays.
 class LinearRunner {
@@ -111,7 +111,10 @@ class LinearRunner {
   void RunManyRows(const LinearCall& call);
   // The input in the types that the call's parts multiply it in.
   void ConvertInput(const LinearCall& call);
-  // z of 16 components from `first` on.
+  // z of 32 components from `first` on, and their codes.
+  void RunGroupOfZ(const LinearCall& call, const PartPlan& plan, const FactorStage& stage,
+                   int64_t first, RowBlock block, int thread);
+  // z of 16.
   void MultiplyByA(const LinearCall& call, const PartPlan& plan, const FactorStage& stage,
                    int64_t first, RowBlock block, int thread);
   // 16 outputs.
@@ -124,14 +127,18 @@ class LinearRunner {
   // Rows of rank 0: the bias alone.
   void SetToBias(const LinearCall& call, const PartPlan& plan, int64_t panel, RowBlock block,
                  int thread);
-  Arithmetic ArithmeticOfPlanes() const;  // and of A
-  Arithmetic ArithmeticOfB() const;
+  Arithmetic ArithmeticOfPlanes() const;  // and of factors
   Arithmetic ArithmeticOf(const PackedLinear& layer, Form form) const;
   // Inputs that fit into a panel.
   static int64_t DepthOfPanel(Arithmetic arithmetic);
   // Inputs [begin, end) of a panel of the form's weights.
   void UnpackWeights(const PackedLinear& layer, Form form, int64_t panel, int64_t begin,
                      int64_t end, uint8_t* out) const;
+  // Components [begin, end) of 16 outputs of B, as floats or as an int8 panel.
+  void UnpackB(const FactorStage& stage, int64_t first_output, int64_t begin, int64_t end,
+               float* panel) const;
+  void UnpackBCodes(const FactorStage& stage, int64_t first_output, int64_t begin, int64_t end,
+                    uint8_t* panel) const;
   // Where a product of inputs [begin, end) goes: out[t][0..outputs) (+)= y[t] + bias.
   struct Product {
     const float* bias = nullptr;
@@ -152,7 +159,10 @@ class LinearRunner {
   AlignedBuffer<float> scales_;         // [rows][NumGroups(in) rounded up to 8]
   AlignedBuffer<int32_t> offsets_;      // like scales_
   AlignedBuffer<uint16_t> bf16_input_;  // [rows][in rounded up to 16]
-  AlignedBuffer<uint16_t> bf16_z_;      // like z_
+  // Many rows only, for groups of 32 components of z_.
+  AlignedBuffer<int8_t> z_codes_;
+  AlignedBuffer<float> z_scales_;
+  AlignedBuffer<int32_t> z_offsets_;
   int64_t code_stride_ = 0;
   int64_t scale_stride_ = 0;
   int64_t bf16_stride_ = 0;

@@ -6,9 +6,9 @@
 //
 // A core of Zen 4 does 3.6 G products of 64 bytes, of 32 bf16 pairs or of 16 floats a second
 // (measured). A group of 32 inputs and 16 outputs takes 11 instructions for a row in int8 (8
-// products, one conversion, two for the scales), 16 in bf16 and 32 in fp32. So planes and A, whose
-// codes share a scale along the inputs, run in int8; B, whose scales lie along its outputs, in
-// bf16.
+// products, one conversion, two for the scales), 16 in bf16 and 32 in fp32. So planes, A and B run
+// in int8. The stored scales of B lie along its outputs: its panels are rounded once more, to int8
+// with a scale for 32 components of an output, and so is z = A x.
 //
 // Measured on Zen 4 (2 threads, 480 rows, MiniLM's six layers), against unpacking 256 outputs at a
 // time for OpenBLAS' sgemm: 48 ms for 63 at full rank, 12 for 26 at a prefix of rank 64, where
@@ -84,11 +84,15 @@ void LinearRunner::ConvertInput(const LinearCall& call) {
 
 void LinearRunner::RunManyRows(const LinearCall& call) {
   ConvertInput(call);
-  if (ArithmeticOfB() == Arithmetic::kBf16) bf16_z_.GrowTo(z_size_);
-  int64_t z_panels = 0;
+  if (ArithmeticOfPlanes() == Arithmetic::kInt8) {
+    z_codes_.GrowTo(z_size_);
+    z_scales_.GrowTo(z_size_ / kGroupSize);
+    z_offsets_.GrowTo(z_size_ / kGroupSize);
+  }
+  int64_t z_groups = 0;
   int64_t panels = 0;
   for (size_t i = 0; i < call.parts.size(); ++i) {
-    z_panels += NumPanels(plans_[i].residual.max_rank) + NumPanels(plans_[i].prefix.max_rank);
+    z_groups += NumGroups(plans_[i].residual.max_rank) + NumGroups(plans_[i].prefix.max_rank);
     panels += NumPanels(plans_[i].layer->out);
   }
   const int64_t num_blocks =
@@ -100,15 +104,15 @@ void LinearRunner::RunManyRows(const LinearCall& call) {
                                : RoundDown(call.rows * (index + 1) / num_blocks, kRowsPerTile)};
   };
   // Tasks are ordered by blocks, so that a thread's share of them is its rows.
-  pool_->Run(z_panels * num_blocks, [&](int64_t task, int thread) {
-    const RowBlock block = block_of(task / z_panels);
-    int64_t panel = task % z_panels;
+  pool_->Run(z_groups * num_blocks, [&](int64_t task, int thread) {
+    const RowBlock block = block_of(task / z_groups);
+    int64_t group = task % z_groups;
     for (size_t i = 0; i < call.parts.size(); ++i) {
       for (const FactorStage* stage : {&plans_[i].residual, &plans_[i].prefix}) {
-        const int64_t count = NumPanels(stage->max_rank);
-        if (panel >= 0 && panel < count)
-          MultiplyByA(call, plans_[i], *stage, panel * kPanelOutputs, block, thread);
-        panel -= count;
+        const int64_t count = NumGroups(stage->max_rank);
+        if (group >= 0 && group < count)
+          RunGroupOfZ(call, plans_[i], *stage, group * kGroupSize, block, thread);
+        group -= count;
       }
     }
   });
@@ -127,14 +131,10 @@ LinearRunner::Arithmetic LinearRunner::ArithmeticOfPlanes() const {
   return kernels_->int8_gemm != nullptr ? Arithmetic::kInt8 : Arithmetic::kFp32;
 }
 
-LinearRunner::Arithmetic LinearRunner::ArithmeticOfB() const {
-  return kernels_->bf16_gemm != nullptr ? Arithmetic::kBf16 : Arithmetic::kFp32;
-}
-
 LinearRunner::Arithmetic LinearRunner::ArithmeticOf(const PackedLinear& layer, Form form) const {
   if (form == Form::kResidual || layer.fine != nullptr) return ArithmeticOfPlanes();
-  if (layer.dense_bf16 != nullptr) return ArithmeticOfB();
-  return Arithmetic::kFp32;
+  return layer.dense_bf16 != nullptr && kernels_->bf16_gemm != nullptr ? Arithmetic::kBf16
+                                                                       : Arithmetic::kFp32;
 }
 
 int64_t LinearRunner::DepthOfPanel(Arithmetic arithmetic) {
@@ -178,12 +178,32 @@ void LinearRunner::MultiplyInput(const LinearCall& call, Arithmetic arithmetic, 
   }
 }
 
+void LinearRunner::RunGroupOfZ(const LinearCall& call, const PartPlan& plan,
+                               const FactorStage& stage, int64_t first, RowBlock block,
+                               int thread) {
+  const std::span<const RowGroup> groups = plan.part->groups;
+  if (!HasForm(groups, stage.form, block)) return;
+  const int64_t end = std::min(first + kGroupSize, stage.max_rank);
+  for (int64_t k = first; k < end; k += kPanelOutputs)
+    MultiplyByA(call, plan, stage, k, block, thread);
+  if (ArithmeticOfPlanes() != Arithmetic::kInt8) return;
+  for (const RowGroup& group : groups) {
+    const RowGroup rows = PartOf(group, block);
+    if (rows.form != stage.form || rows.rank <= first) continue;
+    for (int64_t t = rows.begin; t < rows.end; ++t) {
+      const int64_t at = stage.z_offset + t * stage.z_stride + first;
+      kernels_->quantise(z_.data() + at, std::min(kGroupSize, rows.rank - first),
+                         z_codes_.data() + at, z_scales_.data() + at / kGroupSize,
+                         z_offsets_.data() + at / kGroupSize);
+    }
+  }
+}
+
 void LinearRunner::MultiplyByA(const LinearCall& call, const PartPlan& plan,
                                const FactorStage& stage, int64_t first, RowBlock block,
                                int thread) {
   const PackedLinear& layer = *plan.layer;
   const std::span<const RowGroup> groups = plan.part->groups;
-  if (!HasForm(groups, stage.form, block)) return;
   const int64_t components = std::min(kPanelOutputs, stage.max_rank - first);
   const Arithmetic arithmetic = ArithmeticOfPlanes();
   const int64_t depth = DepthOfPanel(arithmetic);
@@ -210,11 +230,6 @@ void LinearRunner::MultiplyByA(const LinearCall& call, const PartPlan& plan,
                      .outputs = count,
                      .adds = begin > 0});
       state.executed.flops += 2 * (rows.end - rows.begin) * count * (end - begin);
-      if (end < layer.in || ArithmeticOfB() != Arithmetic::kBf16) continue;
-      for (int64_t t = 0; t < rows.end - rows.begin; ++t) {
-        const int64_t at = offset + t * stage.z_stride;
-        kernels_->bf16_round_row(z_.data() + at, count, bf16_z_.data() + at);
-      }
     }
   }
   if (IsFirstWith(groups, stage.form, block))
@@ -315,6 +330,31 @@ void LinearRunner::MultiplyByWeights(const LinearCall& call, const PartPlan& pla
   state.executed.weight_bytes += outputs * bytes;
 }
 
+void LinearRunner::UnpackB(const FactorStage& stage, int64_t first_output, int64_t begin,
+                           int64_t end, float* panel) const {
+  const int64_t unit = first_output / kUnitOutputs;
+  for (const BSegment& segment : stage.factors->SegmentsOf(end)) {
+    const int64_t from = std::max(begin, segment.begin);
+    const int64_t to = std::min(end, segment.begin + segment.size);
+    if (from >= to) continue;
+    const int64_t skipped = from - segment.begin;
+    kernels_->panel_from_b(
+        segment.Panel(unit) + skipped * kUnitOutputs + 2 * (first_output % kUnitOutputs),
+        segment.PanelScales(unit) + skipped, to - from, panel + (from - begin) * kPanelOutputs);
+  }
+}
+
+void LinearRunner::UnpackBCodes(const FactorStage& stage, int64_t first_output, int64_t begin,
+                                int64_t end, uint8_t* panel) const {
+  alignas(64) float values[kGroupSize * kPanelOutputs];
+  for (int64_t k = begin; k < end; k += kGroupSize, panel += kInt8GroupBytes) {
+    const int64_t count = std::min(kGroupSize, end - k);
+    UnpackB(stage, first_output, k, k + count, values);
+    std::fill(values + count * kPanelOutputs, values + kGroupSize * kPanelOutputs, 0.0f);
+    kernels_->int8_group_from_floats(values, panel);
+  }
+}
+
 void LinearRunner::MultiplyByB(const LinearCall& call, const PartPlan& plan,
                                const FactorStage& stage, int64_t panel, RowBlock block,
                                int thread) {
@@ -322,46 +362,42 @@ void LinearRunner::MultiplyByB(const LinearCall& call, const PartPlan& plan,
   const std::span<const RowGroup> groups = plan.part->groups;
   const int64_t first = panel * kPanelOutputs;
   const int64_t outputs = std::min(kPanelOutputs, layer.out - first);
-  const int64_t unit = first / kUnitOutputs;
   const bool is_prefix = stage.form == Form::kPrefix;
-  const Arithmetic arithmetic = ArithmeticOfB();
-  const int64_t depth_of_panel = DepthOfPanel(arithmetic);
+  const bool in_codes = ArithmeticOfPlanes() == Arithmetic::kInt8;
+  const int64_t depth_of_panel = DepthOfPanel(ArithmeticOfPlanes());
   ThreadState& state = threads_[thread];
-  for (const BSegment& segment : stage.factors->SegmentsOf(stage.max_rank)) {
-    for (int64_t skipped = 0; skipped < segment.size; skipped += depth_of_panel) {
-      const int64_t begin = segment.begin + skipped;
-      const int64_t end =
-          std::min({stage.max_rank, segment.begin + segment.size, begin + depth_of_panel});
-      if (begin >= end) break;
-      // Residual rows have their bias, and an output to add to, from the coarse plane.
-      const bool is_first = is_prefix && begin == 0;
-      const float* bias = is_first && layer.bias != nullptr ? layer.bias + first : nullptr;
-      const int8_t* codes =
-          segment.Panel(unit) + skipped * kUnitOutputs + 2 * (first % kUnitOutputs);
-      const uint16_t* scales = segment.PanelScales(unit) + skipped;
-      auto* floats = reinterpret_cast<float*>(state.panel);
-      auto* pairs = reinterpret_cast<uint16_t*>(state.panel);
-      if (arithmetic == Arithmetic::kBf16) {
-        kernels_->bf16_panel_from_b(codes, scales, end - begin, pairs);
+  for (int64_t begin = 0; begin < stage.max_rank; begin += depth_of_panel) {
+    const int64_t end = std::min(stage.max_rank, begin + depth_of_panel);
+    // Residual rows have their bias, and an output to add to, from the coarse plane.
+    const bool is_first = is_prefix && begin == 0;
+    const float* bias = is_first && layer.bias != nullptr ? layer.bias + first : nullptr;
+    const bool adds = call.add_to_output || !is_first;
+    auto* floats = reinterpret_cast<float*>(state.panel);
+    if (in_codes) {
+      UnpackBCodes(stage, first, begin, end, state.panel);
+    } else {
+      UnpackB(stage, first, begin, end, floats);
+    }
+    for (const RowGroup& group : groups) {
+      const RowGroup rows = PartOf(group, block);
+      if (rows.form != stage.form || rows.rank <= begin || rows.begin >= rows.end) continue;
+      const int64_t num_rows = rows.end - rows.begin;
+      const int64_t depth = std::min(end, rows.rank) - begin;
+      const int64_t z = stage.z_offset + rows.begin * stage.z_stride + begin;
+      float* out = OutputRow(*plan.part, rows.begin) + first;
+      if (in_codes) {
+        const QuantisedRows quantised = {.codes = z_codes_.data() + z,
+                                         .code_stride = stage.z_stride,
+                                         .scales = z_scales_.data() + z / kGroupSize,
+                                         .offsets = z_offsets_.data() + z / kGroupSize,
+                                         .scale_stride = stage.z_stride / kGroupSize};
+        kernels_->int8_gemm(quantised, num_rows, NumGroups(depth), state.panel, bias, out,
+                            layer.out, outputs, adds);
       } else {
-        kernels_->panel_from_b(codes, scales, end - begin, floats);
+        kernels_->gemm(z_.data() + z, stage.z_stride, num_rows, depth, floats, bias, out, layer.out,
+                       outputs, adds);
       }
-      for (const RowGroup& group : groups) {
-        const RowGroup rows = PartOf(group, block);
-        if (rows.form != stage.form || rows.rank <= begin || rows.begin >= rows.end) continue;
-        const int64_t depth = std::min(end, rows.rank) - begin;
-        const int64_t z = stage.z_offset + rows.begin * stage.z_stride + begin;
-        float* out = OutputRow(*plan.part, rows.begin) + first;
-        const bool adds = call.add_to_output || !is_first;
-        if (arithmetic == Arithmetic::kBf16) {
-          kernels_->bf16_gemm(bf16_z_.data() + z, stage.z_stride, rows.end - rows.begin, depth,
-                              pairs, bias, out, layer.out, outputs, adds);
-        } else {
-          kernels_->gemm(z_.data() + z, stage.z_stride, rows.end - rows.begin, depth, floats, bias,
-                         out, layer.out, outputs, adds);
-        }
-        state.executed.flops += 2 * (rows.end - rows.begin) * outputs * depth;
-      }
+      state.executed.flops += 2 * num_rows * outputs * depth;
     }
   }
   // Counted once for the two panels that share the component's 32 outputs.

@@ -20,12 +20,12 @@ using ::testing::HasSubstr;
 // Rows of one step up to which weights are not unpacked first.
 constexpr int64_t kMaxFewRows = 16;
 
-// Whether planes and A are multiplied by activations in int8.
+// Whether planes and A are multiplied by activations in int8; of many rows, B by z as well.
 bool RoundsToInt8(CpuInstructionSet set, int64_t rows) {
   return rows <= kMaxFewRows || set >= CpuInstructionSet::kAvx512;
 }
 
-// Whether B and bf16 weights are multiplied in bf16.
+// Whether bf16 weights are multiplied in bf16.
 bool RoundsToBf16(CpuInstructionSet set, int64_t rows) {
   return rows > kMaxFewRows && set == CpuInstructionSet::kAvx512Bf16;
 }
@@ -93,20 +93,19 @@ class LinearForms : public ::testing::TestWithParam<std::tuple<CpuInstructionSet
     return RoundsToInt8(instruction_set(), rows) &&
            (param().form != Form::kDense || param().shape.dense == DenseStorage::kPlanes);
   }
-  // What products in bf16 may add to the error of a row's outputs.
-  std::vector<double> Bf16Tolerance(const RandomLayer& layer, int64_t rows,
-                                    const std::vector<double>& x) const {
+  // What rounding anything but the activations may add to the error of a row's outputs.
+  std::vector<double> RoundingTolerance(const RandomLayer& layer, int64_t rows,
+                                        const std::vector<double>& x) const {
     const Case& c = param();
+    if (rows <= kMaxFewRows) return layer.RoundingOfZ(c.form, c.rank, x);
     std::vector<double> result(c.shape.out);
-    const bool in_bf16 =
-        c.form != Form::kDense || (c.shape.dense == DenseStorage::kBf16 && c.rank == 0);
-    if (!in_bf16 || !RoundsToBf16(instruction_set(), rows)) return result;
-    result = layer.Magnitude(c.form, c.rank, x);
-    if (c.form == Form::kResidual) {
-      const std::vector<double> plane = layer.Magnitude(c.form, 0, x);
-      for (size_t i = 0; i < result.size(); ++i) result[i] -= plane[i];
+    if (RoundsToInt8(instruction_set(), rows))
+      result = layer.RoundingToGroups(c.form, c.rank, c.rank, x);
+    if (c.form == Form::kDense && c.shape.dense == DenseStorage::kBf16 &&
+        RoundsToBf16(instruction_set(), rows)) {
+      result = layer.Magnitude(c.form, c.rank, x);
+      for (double& value : result) value *= kBf16Rounding;
     }
-    for (double& value : result) value *= kBf16Rounding;
     return result;
   }
 };
@@ -125,14 +124,12 @@ TEST_P(LinearForms, EqualsTheReferenceForAnyNumberOfRows) {
     for (int64_t t = 0; t < rows; ++t) {
       const std::vector<double> row(x.begin() + t * c.shape.in, x.begin() + (t + 1) * c.shape.in);
       const std::vector<double> magnitude = layer.Magnitude(c.form, c.rank, row);
-      const std::vector<double> in_bf16 = Bf16Tolerance(layer, rows, row);
-      std::vector<double> of_z(c.shape.out);
-      if (rows <= kMaxFewRows) of_z = layer.RoundingOfZ(c.form, c.rank, row);
+      const std::vector<double> inner = RoundingTolerance(layer, rows, row);
       const std::vector<double> rounding =
           layer.Magnitude(c.form, c.rank, RoundingOf(x.data() + t * c.shape.in, c.shape.in));
       for (int64_t i = 0; i < c.shape.out; ++i) {
         const double sum = magnitude[i] + std::abs(initial[t * c.shape.out + i]);
-        tolerance.push_back(RoundingUnits(c) * sum + in_bf16[i] + of_z[i]);
+        tolerance.push_back(RoundingUnits(c) * sum + inner[i]);
         exact_tolerance.push_back(tolerance.back() +
                                   (rounds_activations(rows) ? rounding[i] : 0.0));
       }
@@ -302,6 +299,14 @@ std::vector<std::vector<float>> RunMixed(const Device& device,
   return results;
 }
 
+int64_t MaxRank(const std::vector<RowGroup>& groups, Form form) {
+  int64_t result = 0;
+  for (const RowGroup& group : groups) {
+    if (group.form == form) result = std::max(result, group.rank);
+  }
+  return result;
+}
+
 TEST_P(MixedGroups, OfFewRowsEqualTheirRowsAloneBitForBit) {
   for (const bool is_bf16 : {false, true}) {
     const std::vector<RandomLayer> layers = MixedLayers(is_bf16);
@@ -339,13 +344,19 @@ TEST_P(MixedGroups, OfManyRowsEqualTheReference) {
       const bool in_bf16 = RoundsToBf16(GetParam(), rows);
       const auto expected = RunMixed(Device::Reference(in_int8), layers, x, groups);
       for (size_t i = 0; i < layers.size(); ++i) {
-        const double relative = 2 * 190 * 0x1p-24 + (in_bf16 ? kBf16Rounding : 0.0);
+        const double relative = 2 * 190 * 0x1p-24 + (is_bf16 && in_bf16 ? kBf16Rounding : 0.0);
         std::vector<double> tolerance;
         for (const RowGroup& group : groups[i]) {
           for (int64_t t = group.begin; t < group.end; ++t) {
             const std::vector<double> row(x.begin() + t * 150, x.begin() + (t + 1) * 150);
-            for (const double magnitude : layers[i].Magnitude(group.form, group.rank, row))
-              tolerance.push_back(relative * magnitude);
+            const std::vector<double> magnitude = layers[i].Magnitude(group.form, group.rank, row);
+            std::vector<double> rounding(magnitude.size());
+            if (in_int8) {
+              rounding = layers[i].RoundingToGroups(group.form, group.rank,
+                                                    MaxRank(groups[i], group.form), row);
+            }
+            for (size_t o = 0; o < magnitude.size(); ++o)
+              tolerance.push_back(relative * magnitude[o] + rounding[o]);
           }
         }
         ExpectWithin(actual[i], expected[i], tolerance);

@@ -1,5 +1,6 @@
 #include "tests/kernels/random_layer.h"
 
+#include <algorithm>
 #include <cmath>
 #include <random>
 
@@ -139,19 +140,35 @@ std::vector<double> RandomLayer::Magnitude(Form form, int64_t rank,
   return result;
 }
 
+std::vector<double> RandomLayer::LargestComponents(const Factors& factors, int64_t rank,
+                                                   std::span<const double> x) const {
+  std::vector<double> z(rank);
+  for (int64_t k = 0; k < rank; ++k) {
+    for (int64_t j = 0; j < shape_.in; ++j) {
+      z[k] +=
+          std::abs(FloatFromBfloat16(factors.a_scales[k * NumGroups(shape_.in) + j / kGroupSize]) *
+                   factors.a[k * PaddedToGroup(shape_.in) + j] * x[j]);
+    }
+  }
+  return z;
+}
+
+std::vector<double> RandomLayer::RowOfB(const Factors& factors, int64_t rank, int64_t row) const {
+  std::vector<double> result(rank);
+  for (int64_t k = 0; k < rank; ++k) {
+    result[k] = std::abs(
+        FloatFromBfloat16(factors.bt_scales[k * NumGroups(shape_.out) + row / kGroupSize]) *
+        factors.bt[k * PaddedToGroup(shape_.out) + row]);
+  }
+  return result;
+}
+
 std::vector<double> RandomLayer::RoundingOfZ(Form form, int64_t rank,
                                              std::span<const double> x) const {
   std::vector<double> result(shape_.out);
   if (form == Form::kDense || rank == 0) return result;
   const Factors& factors = form == Form::kPrefix ? prefix_ : residual_;
-  const int64_t in_groups = NumGroups(shape_.in);
-  std::vector<double> z(rank);
-  for (int64_t k = 0; k < rank; ++k) {
-    for (int64_t j = 0; j < shape_.in; ++j) {
-      z[k] += std::abs(FloatFromBfloat16(factors.a_scales[k * in_groups + j / kGroupSize]) *
-                       factors.a[k * PaddedToGroup(shape_.in) + j] * x[j]);
-    }
-  }
+  const std::vector<double> z = LargestComponents(factors, rank, x);
   for (int64_t i = 0; i < shape_.out; ++i) {
     double largest = 0;
     double codes = 0;
@@ -162,6 +179,26 @@ std::vector<double> RandomLayer::RoundingOfZ(Form form, int64_t rank,
       codes += std::abs(factors.bt[k * PaddedToGroup(shape_.out) + i]);
     }
     result[i] = codes * largest / (2.0 * static_cast<double>(LargestZ(rank)));
+  }
+  return result;
+}
+
+std::vector<double> RandomLayer::RoundingToGroups(Form form, int64_t rank, int64_t max_rank,
+                                                  std::span<const double> x) const {
+  std::vector<double> result(shape_.out);
+  if (form == Form::kDense || rank == 0) return result;
+  const Factors& factors = form == Form::kPrefix ? prefix_ : residual_;
+  const std::vector<double> z = LargestComponents(factors, rank, x);
+  for (int64_t i = 0; i < shape_.out; ++i) {
+    const std::vector<double> b = RowOfB(factors, max_rank, i);
+    for (int64_t begin = 0; begin < rank; begin += kGroupSize) {
+      const int64_t end = std::min(begin + kGroupSize, rank);
+      const int64_t b_end = std::min(begin + kGroupSize, max_rank);
+      const double z_step = *std::max_element(z.begin() + begin, z.begin() + end) / 254;
+      const double b_step = *std::max_element(b.begin() + begin, b.begin() + b_end) / 254;
+      for (int64_t k = begin; k < end; ++k)
+        result[i] += z_step * b[k] + b_step * z[k] + z_step * b_step;
+    }
   }
   return result;
 }

@@ -33,6 +33,12 @@ class RandomLayer {
   // error: half a step for every component, at the largest magnitude that z can have.
   std::vector<double> RoundingOfZ(Form form, int64_t rank, std::span<const double> x) const;
 
+  // What rounding z and a row of B to int8 in groups of 32 components may add: half a step, absmax
+  // of the group / 254, of each at the other's magnitude. `max_rank` is that of the step, whose
+  // components are rounded together.
+  std::vector<double> RoundingToGroups(Form form, int64_t rank, int64_t max_rank,
+                                       std::span<const double> x) const;
+
  private:
   struct Factors {
     int64_t rank = 0;
@@ -41,6 +47,10 @@ class RandomLayer {
     FactorView View() const;
   };
   static Factors MakeFactors(int64_t rank, int64_t out, int64_t in, uint32_t seed);
+  // |A| |x|, and the magnitudes of a row of B.
+  std::vector<double> LargestComponents(const Factors& factors, int64_t rank,
+                                        std::span<const double> x) const;
+  std::vector<double> RowOfB(const Factors& factors, int64_t rank, int64_t row) const;
   double WeightAt(Form form, int64_t row, int64_t col) const;
 
   Shape shape_;
