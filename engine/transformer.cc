@@ -183,9 +183,8 @@ void Transformer::Observe(const Tensor& in, int64_t rows, std::span<const Projec
   }
 }
 
-void Transformer::Project(const Tensor& in, int64_t rows, std::span<const LevelRun> runs,
-                          std::span<const Projection> projections, bool add_to_output) {
-  if (observer_ != nullptr) Observe(in, rows, projections);
+void Transformer::PlanParts(std::span<const LevelRun> runs,
+                            std::span<const Projection> projections) {
   // Neighbouring runs that agree on this layer's form and rank become one group.
   groups_.clear();
   group_begin_.clear();
@@ -211,6 +210,12 @@ void Transformer::Project(const Tensor& in, int64_t rows, std::span<const LevelR
                                                            group_begin_[i + 1] - group_begin_[i]),
                       .out = projections[i].out});
   }
+}
+
+void Transformer::Project(const Tensor& in, int64_t rows, std::span<const LevelRun> runs,
+                          std::span<const Projection> projections, bool add_to_output) {
+  if (observer_ != nullptr) Observe(in, rows, projections);
+  PlanParts(runs, projections);
   backend_->Linear({.in = in, .rows = rows, .parts = parts_, .add_to_output = add_to_output});
 }
 
@@ -262,19 +267,34 @@ void Transformer::RunBlock(int64_t index, const StepRows& step) {
   if (spec.norms_after) Normalise(block.attention_norm, hidden_, hidden_, rows);
 
   if (!spec.norms_after) Normalise(block.mlp_norm, hidden_, normed_, rows);
-  if (block.gate >= 0) {
-    const std::array<Projection, 2> gate_up = {{{block.gate, gate_}, {block.up, up_}}};
-    Project(in, rows, step.runs, gate_up, /*add_to_output=*/false);
-    backend_->Activation(
-        {.kind = spec.activation, .in = gate_, .up = up_, .out = up_, .rows = rows});
-  } else {
-    const std::array<Projection, 1> up = {{{block.up, up_}}};
-    Project(in, rows, step.runs, up, /*add_to_output=*/false);
-    backend_->Activation({.kind = spec.activation, .in = up_, .out = up_, .rows = rows});
-  }
-  const std::array<Projection, 1> down = {{{block.down, hidden_}}};
-  Project(up_, rows, step.runs, down, /*add_to_output=*/true);
+  RunMlp(in, rows, step.runs, block);
   if (spec.norms_after) Normalise(block.mlp_norm, hidden_, hidden_, rows);
+}
+
+void Transformer::RunMlp(const Tensor& in, int64_t rows, std::span<const LevelRun> runs,
+                         const Block& block) {
+  const std::array<Projection, 3> all = {
+      {{block.gate, gate_}, {block.up, up_}, {block.down, hidden_}}};
+  const auto projections = std::span(all).subspan(block.gate >= 0 ? 0 : 1);
+  const size_t last = projections.size() - 1;
+  const ActivationKind activation = model_->spec().activation;
+  if (observer_ != nullptr) {
+    // It sees the input of the second half, so the halves run one by one.
+    Project(in, rows, runs, projections.first(last), /*add_to_output=*/false);
+    backend_->Activation({.kind = activation,
+                          .in = projections[0].out,
+                          .up = block.gate >= 0 ? up_ : Tensor{},
+                          .out = up_,
+                          .rows = rows});
+    Project(up_, rows, runs, projections.subspan(last), /*add_to_output=*/true);
+    return;
+  }
+  PlanParts(runs, projections);
+  const auto parts = std::span<const LinearPart>(parts_);
+  backend_->Mlp(
+      {.expand = {.in = in, .rows = rows, .parts = parts.first(last)},
+       .activation = activation,
+       .contract = {.in = up_, .rows = rows, .parts = parts.subspan(last), .add_to_output = true}});
 }
 
 void Transformer::Forward(const StepRows& step) {

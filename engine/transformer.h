@@ -79,6 +79,9 @@ class Transformer {
   };
   void Project(const Tensor& in, int64_t rows, std::span<const LevelRun> runs,
                std::span<const Projection> projections, bool add_to_output);
+  // Fills in parts_: one for each projection, with its groups of `runs`.
+  void PlanParts(std::span<const LevelRun> runs, std::span<const Projection> projections);
+  void RunMlp(const Tensor& in, int64_t rows, std::span<const LevelRun> runs, const Block& block);
   void Observe(const Tensor& in, int64_t rows, std::span<const Projection> projections);
 
   const NestedModel* const model_;

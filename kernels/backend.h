@@ -74,6 +74,14 @@ struct ActivationCall {
   int64_t rows = 0;
 };
 
+// The two halves of an MLP: hidden = activation(first part) (times the second part), and y of it.
+struct MlpCall {
+  // {up}, or {gate, up}. Their outputs are scratch: undefined afterwards.
+  LinearCall expand = {};
+  ActivationKind activation = ActivationKind::kSilu;
+  LinearCall contract = {};  // of `expand`'s last output, where `hidden` may be left
+};
+
 // One sequence's share of a step: rows [row_begin, row_begin + rows) are its tokens at positions
 // [position, position + rows). `pages` lists its KV cache pages; page i holds positions
 // [i * page_size, (i + 1) * page_size). Encoders have none.
@@ -156,6 +164,8 @@ class Backend {
   virtual void Norm(const NormCall& call) = 0;
   virtual void Linear(const LinearCall& call) = 0;
   virtual void Activation(const ActivationCall& call) = 0;
+  // As Linear, Activation and Linear, which is what it does where a backend has nothing better.
+  virtual void Mlp(const MlpCall& call);
   virtual void Attention(const AttentionCall& call) = 0;
   virtual void Pool(const PoolCall& call) = 0;
   // out[i] = in[rows[i]].

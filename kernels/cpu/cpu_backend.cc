@@ -61,6 +61,9 @@ class CpuBackend : public Backend {
   void Norm(const NormCall& call) override;
   void Linear(const LinearCall& call) override { linear_.Run(call, linears_); }
   void Activation(const ActivationCall& call) override;
+  void Mlp(const MlpCall& call) override {
+    if (!linear_.RunMlp(call, linears_)) Backend::Mlp(call);
+  }
   void Attention(const AttentionCall& call) override;
   void Pool(const PoolCall& call) override;
   void Gather(const Tensor& in, std::span<const int64_t> rows, const Tensor& out) override;
@@ -208,9 +211,7 @@ void CpuBackend::Activation(const ActivationCall& call) {
   const int64_t n = call.in.cols;
   NESTOR_CHECK(call.out.cols == n && call.rows <= call.in.rows && call.rows <= call.out.rows);
   NESTOR_CHECK(call.up.data == nullptr || (call.up.cols == n && call.rows <= call.up.rows));
-  auto* activation = kernels_->silu;
-  if (call.kind == ActivationKind::kGeluErf) activation = kernels_->gelu_erf;
-  if (call.kind == ActivationKind::kGeluTanh) activation = kernels_->gelu_tanh;
+  const ActivationFunction activation = ActivationKernel(*kernels_, call.kind);
   ForEachRow(call.rows, n, [&](int64_t t) {
     const float* up = call.up.data == nullptr ? nullptr : Row(call.up, t);
     activation(Row(call.in, t), up, n, Row(call.out, t));

@@ -1,5 +1,7 @@
 #include "kernels/cpu/kernels.h"
 
+#include "kernels/backend.h"
+
 namespace nestor {
 
 const CpuKernels& KernelsFor(CpuInstructionSet instruction_set) {
@@ -14,6 +16,18 @@ const CpuKernels& KernelsFor(CpuInstructionSet instruction_set) {
       return Avx512Bf16Kernels();
   }
   return PortableKernels();
+}
+
+ActivationFunction ActivationKernel(const CpuKernels& kernels, ActivationKind kind) {
+  switch (kind) {
+    case ActivationKind::kSilu:
+      return kernels.silu;
+    case ActivationKind::kGeluErf:
+      return kernels.gelu_erf;
+    case ActivationKind::kGeluTanh:
+      return kernels.gelu_tanh;
+  }
+  return kernels.silu;
 }
 
 }  // namespace nestor

@@ -6,6 +6,8 @@
 
 namespace nestor {
 
+enum class ActivationKind : uint8_t;  // kernels/backend.h
+
 // The inner loops of the CPU backend, one table per instruction set. Plain functions on raw
 // pointers: they neither allocate nor fail. This header holds plain data only, since files
 // compiled for other instruction sets include it.
@@ -108,6 +110,10 @@ struct CpuKernels {
 
   // The int8 path, null where the machine has no dot product of bytes: planes and factors times
   // rows that are rounded to int8, exact in 32 bits within a group.
+  // One group of each of `count` rows, as `quantise`.
+  void (*quantise_groups)(const float* x, int64_t x_stride, int64_t count, int8_t* codes,
+                          int64_t code_stride, float* scales, int32_t* offsets,
+                          int64_t scale_stride) = nullptr;
   void (*int8_panel_from_planes)(const uint8_t* coarse, const uint8_t* fine, int64_t groups,
                                  uint8_t* panel) = nullptr;
   void (*int8_panel_from_a)(const int8_t* a, int64_t stride, const uint16_t* scales,
@@ -154,6 +160,10 @@ struct CpuKernels {
   void (*weigh_values)(const float* p, int64_t p_stride, int num_queries, const float* values,
                        int64_t dim, int64_t num_keys, float* out);
 };
+
+// The kernel of an activation.
+using ActivationFunction = void (*)(const float* x, const float* up, int64_t n, float* out);
+ActivationFunction ActivationKernel(const CpuKernels& kernels, ActivationKind kind);
 
 const CpuKernels& PortableKernels();
 // REQUIRES: the machine has AVX2 and FMA.

@@ -12,6 +12,7 @@
 
 #include "kernels/cpu/factor_b_rows.h"
 #include "kernels/cpu/kernels.h"
+#include "kernels/cpu/kernels_avx512_elementwise.h"
 
 namespace nestor {
 namespace {
@@ -68,10 +69,83 @@ void QuantiseGroup(const float* x, int8_t* codes, float* scale, int32_t* offset)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + 16), _mm512_cvtsepi32_epi8(q1));
 }
 
+// Lane i of the result is the largest of rows[i].
+inline __m128i LargestOf4(const __m512i* rows) {
+  const __m512i a = _mm512_max_epi32(_mm512_unpacklo_epi32(rows[0], rows[1]),
+                                     _mm512_unpackhi_epi32(rows[0], rows[1]));
+  const __m512i b = _mm512_max_epi32(_mm512_unpacklo_epi32(rows[2], rows[3]),
+                                     _mm512_unpackhi_epi32(rows[2], rows[3]));
+  const __m512i c = _mm512_max_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+  const __m256i d = _mm256_max_epi32(_mm512_castsi512_si256(c), _mm512_extracti64x4_epi64(c, 1));
+  return _mm_max_epi32(_mm256_castsi256_si128(d), _mm256_extracti128_si256(d, 1));
+}
+
+// Four groups at once, the same to the bit: their reductions and divisions share vectors.
+void Quantise4Groups(const float* x, int64_t x_stride, int8_t* codes, int64_t code_stride,
+                     float* scales, int32_t* offsets, int64_t scale_stride) {
+  __m512 values[8];
+  __m512i largest[4];
+  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    values[2 * i] = _mm512_loadu_ps(x + i * x_stride);
+    values[2 * i + 1] = _mm512_loadu_ps(x + i * x_stride + 16);
+    largest[i] =
+        _mm512_max_epi32(_mm512_and_si512(_mm512_castps_si512(values[2 * i]), magnitude),
+                         _mm512_and_si512(_mm512_castps_si512(values[2 * i + 1]), magnitude));
+  }
+  const __m128i bits = LargestOf4(largest);
+  const __m128 absmax = _mm_castsi128_ps(bits);
+  const int is_common = _mm_movemask_ps(
+      _mm_castsi128_ps(_mm_and_si128(_mm_cmplt_epi32(bits, _mm_set1_epi32(0x7f800000)),
+                                     _mm_castps_si128(_mm_cmpge_ps(absmax, _mm_set1_ps(1e-30f))))));
+  if (is_common != 0xf) {
+    for (int i = 0; i < 4; ++i)
+      QuantiseGroup(x + i * x_stride, codes + i * code_stride, scales + i * scale_stride,
+                    offsets + i * scale_stride);
+    return;
+  }
+  alignas(16) float scale[4];
+  alignas(16) float inverse[4];
+  const __m128 quotients = _mm_div_ps(absmax, _mm_set1_ps(127.0f));
+  _mm_store_ps(scale, quotients);
+  _mm_store_ps(inverse, _mm_div_ps(_mm_set1_ps(1.0f), quotients));
+  __m256i sums[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512 factor = _mm512_set1_ps(inverse[i]);
+    const __m512i q0 = _mm512_cvtps_epi32(_mm512_mul_ps(values[2 * i], factor));
+    const __m512i q1 = _mm512_cvtps_epi32(_mm512_mul_ps(values[2 * i + 1], factor));
+    const __m256i group = _mm256_set_m128i(_mm512_cvtsepi32_epi8(q1), _mm512_cvtsepi32_epi8(q0));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + i * code_stride), group);
+    sums[i] = _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(1), group);
+  }
+  const __m256i pairs =
+      _mm256_hadd_epi32(_mm256_hadd_epi32(sums[0], sums[1]), _mm256_hadd_epi32(sums[2], sums[3]));
+  const __m128i total =
+      _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
+  alignas(16) int32_t offset[4];
+  _mm_store_si128(reinterpret_cast<__m128i*>(offset), _mm_mullo_epi32(total, _mm_set1_epi32(-128)));
+  for (int i = 0; i < 4; ++i) {
+    scales[i * scale_stride] = scale[i];
+    offsets[i * scale_stride] = offset[i];
+  }
+}
+
+void QuantiseGroups(const float* x, int64_t x_stride, int64_t count, int8_t* codes,
+                    int64_t code_stride, float* scales, int32_t* offsets, int64_t scale_stride) {
+  int64_t i = 0;
+  for (; i + 4 <= count; i += 4)
+    Quantise4Groups(x + i * x_stride, x_stride, codes + i * code_stride, code_stride,
+                    scales + i * scale_stride, offsets + i * scale_stride, scale_stride);
+  for (; i < count; ++i)
+    QuantiseGroup(x + i * x_stride, codes + i * code_stride, scales + i * scale_stride,
+                  offsets + i * scale_stride);
+}
+
 void Quantise(const float* x, int64_t n, int8_t* codes, float* scales, int32_t* offsets) {
-  int64_t g = 0;
-  for (; (g + 1) * kGroup <= n; ++g)
-    QuantiseGroup(x + g * kGroup, codes + g * kGroup, scales + g, offsets + g);
+  const int64_t g = n / kGroup;
+  QuantiseGroups(x, kGroup, g, codes, kGroup, scales, offsets, 1);
   if (g * kGroup == n) return;
   float padded[kGroup] = {};
   for (int64_t j = g * kGroup; j < n; ++j) padded[j - g * kGroup] = x[j];
@@ -540,7 +614,9 @@ void PanelFromB(const int8_t* b, const uint16_t* scales, int64_t rank, float* pa
 CpuKernels MakeKernels() {
   CpuKernels kernels = Avx2Kernels();
   kernels.instruction_set = CpuInstructionSet::kAvx512;
+  SetAvx512Elementwise(&kernels);
   kernels.quantise = Quantise;
+  kernels.quantise_groups = QuantiseGroups;
   kernels.planes = Planes;
   kernels.factor_a = FactorA;
   kernels.factor_b = FactorB;

@@ -33,6 +33,22 @@ int64_t NumTasks(int64_t items, int64_t bytes, int num_threads) {
 
 }  // namespace
 
+void CodedRows::GrowTo(int64_t size) {
+  codes.GrowTo(size);
+  scales.GrowTo(size / kGroupSize);
+  offsets.GrowTo(size / kGroupSize);
+}
+
+QuantisedRows CodedRows::From(int64_t at, int64_t stride) const {
+  return {.codes = codes.data() + at,
+          .code_stride = stride,
+          .scales = scales.data() + at / kGroupSize,
+          .offsets = offsets.data() + at / kGroupSize,
+          .scale_stride = stride / kGroupSize};
+}
+
+int64_t LinearRunner::CodeStride(int64_t cols) { return RoundUp(cols, 8 * kGroupSize); }
+
 LinearRunner::LinearRunner(const CpuKernels* kernels, ThreadPool* pool)
     : kernels_(kernels), pool_(pool), threads_(pool->num_threads()) {}
 
@@ -98,10 +114,9 @@ void LinearRunner::RunFewRows(const LinearCall& call) {
     PrepareCodes(call);
     for (int64_t t = 0; t < call.rows; ++t) {
       QuantiseRow(call, t);
-      quantised_[t] = {.codes = codes_.data() + t * code_stride_,
-                       .scales = scales_.data() + t * scale_stride_,
-                       .offsets = offsets_.data() + t * scale_stride_,
-                       .index = t};
+      const QuantisedRows row = input_codes_.From(t * code_stride_, code_stride_);
+      quantised_[t] = {
+          .codes = row.codes, .scales = row.scales, .offsets = row.offsets, .index = t};
     }
   }
   num_components_ = 0;
@@ -148,16 +163,15 @@ bool LinearRunner::NeedsCodes(const LinearCall& call) const {
 }
 
 void LinearRunner::PrepareCodes(const LinearCall& call) {
-  code_stride_ = PaddedToGroup(call.in.cols);
-  scale_stride_ = RoundUp(NumGroups(call.in.cols), 8);
-  codes_.GrowTo(call.rows * code_stride_);
-  scales_.GrowTo(call.rows * scale_stride_);
-  offsets_.GrowTo(call.rows * scale_stride_);
+  code_stride_ = CodeStride(call.in.cols);
+  input_codes_.GrowTo(call.rows * code_stride_);
 }
 
 void LinearRunner::QuantiseRow(const LinearCall& call, int64_t row) {
-  kernels_->quantise(InputRow(call, row), call.in.cols, codes_.data() + row * code_stride_,
-                     scales_.data() + row * scale_stride_, offsets_.data() + row * scale_stride_);
+  const int64_t at = row * code_stride_;
+  kernels_->quantise(InputRow(call, row), call.in.cols, input_codes_.codes.data() + at,
+                     input_codes_.scales.data() + at / kGroupSize,
+                     input_codes_.offsets.data() + at / kGroupSize);
 }
 
 void LinearRunner::AddFactorRows(const RowGroup& group, FactorStage* stage) {

@@ -19,6 +19,18 @@ struct RowBlock {
   int64_t end = 0;
 };
 
+// Rows of int8 codes and, for every 32 of them, a scale and an offset (QuantisedRow). Code `at` has
+// those at `at` / 32, so strides are multiples of 32.
+struct CodedRows {
+  AlignedBuffer<int8_t> codes;
+  AlignedBuffer<float> scales;
+  AlignedBuffer<int32_t> offsets;
+
+  void GrowTo(int64_t size);
+  // REQUIRES: `at` and `stride` are multiples of 32.
+  QuantisedRows From(int64_t at, int64_t stride) const;
+};
+
 // Runs LinearCalls: several layers over one input, rows in groups of mixed forms and ranks.
 //
 // Up to kMaxFewRows rows: activations are rounded to int8 once, then one phase on the pool
@@ -34,6 +46,10 @@ class LinearRunner {
   LinearRunner(const CpuKernels* kernels, ThreadPool* pool);
 
   void Run(const LinearCall& call, std::span<const PackedLinear> layers);
+  // An MLP of many rows whose parts all run in int8: every 32 outputs of its first half become
+  // codes while they are in the cache, and are never written as floats. False, and nothing done,
+  // where that is not so.
+  bool RunMlp(const MlpCall& call, std::span<const PackedLinear> layers);
 
   // Counted where the kernels are called: bytes once for a pass over a part, FLOPs for each row.
   LinearCost executed() const;
@@ -74,6 +90,7 @@ class LinearRunner {
   struct alignas(64) ThreadState {
     LinearCost executed;
     AlignedBuffer<float> scaled_z;
+    AlignedBuffer<float> gate, up;  // of an MLP: [rows of a block][32]
     alignas(64) uint8_t panel[kPanelBytes];
     alignas(64) float sums[kUnitsPerRun * kMaxFewRows * kUnitOutputs];
   };
@@ -86,6 +103,8 @@ class LinearRunner {
   // linear.cc: few rows.
   void RunFewRows(const LinearCall& call);
   bool NeedsCodes(const LinearCall& call) const;
+  // Of rows of codes: scales may be read up to a multiple of 8.
+  static int64_t CodeStride(int64_t cols);
   // Makes room for the codes of the call's input, then fills in one row.
   void PrepareCodes(const LinearCall& call);
   void QuantiseRow(const LinearCall& call, int64_t row);
@@ -109,6 +128,15 @@ class LinearRunner {
 
   // linear_many_rows.cc: more.
   void RunManyRows(const LinearCall& call);
+  // Blocks of rows, so that every thread keeps to its own.
+  int64_t NumBlocks(int64_t rows) const;
+  RowBlock BlockAt(int64_t rows, int64_t index) const;
+  // z of all parts, then all outputs, of an input that has been converted.
+  void RunZ(const LinearCall& call);
+  void RunAllPanels(const LinearCall& call);
+  bool RunsInCodes(const LinearCall& call, std::span<const PackedLinear> layers) const;
+  // 32 columns of an MLP's hidden rows, as codes.
+  void ExpandUnit(const MlpCall& call, int64_t unit, RowBlock block, int thread);
   // The input in the types that the call's parts multiply it in.
   void ConvertInput(const LinearCall& call);
   // z of 32 components from `first` on, and their codes.
@@ -117,16 +145,25 @@ class LinearRunner {
   // z of 16.
   void MultiplyByA(const LinearCall& call, const PartPlan& plan, const FactorStage& stage,
                    int64_t first, RowBlock block, int thread);
+  // Where the outputs of a panel go: those of row t at `data` + (t - first_row) * stride.
+  struct Outputs {
+    float* data = nullptr;
+    int64_t stride = 0;
+    int64_t first_row = 0;
+
+    float* Row(int64_t row) const { return data + (row - first_row) * stride; }
+  };
+  static Outputs PanelOf(const LinearPart& part, int64_t panel);
   // 16 outputs.
   void RunPanel(const LinearCall& call, const PartPlan& plan, int64_t panel, RowBlock block,
-                int thread);
+                const Outputs& to, int thread);
   void MultiplyByWeights(const LinearCall& call, const PartPlan& plan, Form form, int64_t panel,
-                         RowBlock block, int thread);
+                         RowBlock block, const Outputs& to, int thread);
   void MultiplyByB(const LinearCall& call, const PartPlan& plan, const FactorStage& stage,
-                   int64_t panel, RowBlock block, int thread);
+                   int64_t panel, RowBlock block, const Outputs& to, int thread);
   // Rows of rank 0: the bias alone.
   void SetToBias(const LinearCall& call, const PartPlan& plan, int64_t panel, RowBlock block,
-                 int thread);
+                 const Outputs& to, int thread);
   Arithmetic ArithmeticOfPlanes() const;  // and of factors
   Arithmetic ArithmeticOf(const PackedLinear& layer, Form form) const;
   // Inputs that fit into a panel.
@@ -155,16 +192,11 @@ class LinearRunner {
   std::vector<PartPlan> plans_;  // of the call at hand in front, older ones after them
   int64_t z_size_ = 0;
   AlignedBuffer<float> z_;
-  AlignedBuffer<int8_t> codes_;         // [rows][PaddedToGroup(in)]
-  AlignedBuffer<float> scales_;         // [rows][NumGroups(in) rounded up to 8]
-  AlignedBuffer<int32_t> offsets_;      // like scales_
+  CodedRows input_codes_;               // [rows][code_stride_]
+  CodedRows hidden_codes_;              // of an MLP: [rows][in of its second half, rounded up]
+  CodedRows z_codes_;                   // many rows only: like z_
   AlignedBuffer<uint16_t> bf16_input_;  // [rows][in rounded up to 16]
-  // Many rows only, for groups of 32 components of z_.
-  AlignedBuffer<int8_t> z_codes_;
-  AlignedBuffer<float> z_scales_;
-  AlignedBuffer<int32_t> z_offsets_;
   int64_t code_stride_ = 0;
-  int64_t scale_stride_ = 0;
   int64_t bf16_stride_ = 0;
   QuantisedRow quantised_[kMaxFewRows];
   int64_t num_components_ = 0;  // of all stages of the call

@@ -15,6 +15,7 @@
 // sgemm's packing of its input is repaid worst.
 
 #include <algorithm>
+#include <utility>
 
 #include "kernels/cpu/linear.h"
 
@@ -82,31 +83,33 @@ void LinearRunner::ConvertInput(const LinearCall& call) {
   });
 }
 
+int64_t LinearRunner::NumBlocks(int64_t rows) const {
+  return std::clamp<int64_t>(rows / kMinRowsPerBlock, 1, pool_->num_threads());
+}
+
+RowBlock LinearRunner::BlockAt(int64_t rows, int64_t index) const {
+  const int64_t num_blocks = NumBlocks(rows);
+  const auto begin_of = [&](int64_t i) {
+    return i == num_blocks ? rows : RoundDown(rows * i / num_blocks, kRowsPerTile);
+  };
+  return {.begin = begin_of(index), .end = begin_of(index + 1)};
+}
+
 void LinearRunner::RunManyRows(const LinearCall& call) {
   ConvertInput(call);
-  if (ArithmeticOfPlanes() == Arithmetic::kInt8) {
-    z_codes_.GrowTo(z_size_);
-    z_scales_.GrowTo(z_size_ / kGroupSize);
-    z_offsets_.GrowTo(z_size_ / kGroupSize);
-  }
-  int64_t z_groups = 0;
-  int64_t panels = 0;
-  for (size_t i = 0; i < call.parts.size(); ++i) {
-    z_groups += NumGroups(plans_[i].residual.max_rank) + NumGroups(plans_[i].prefix.max_rank);
-    panels += NumPanels(plans_[i].layer->out);
-  }
-  const int64_t num_blocks =
-      std::clamp<int64_t>(call.rows / kMinRowsPerBlock, 1, pool_->num_threads());
-  const auto block_of = [&](int64_t index) {
-    return RowBlock{.begin = RoundDown(call.rows * index / num_blocks, kRowsPerTile),
-                    .end = index + 1 == num_blocks
-                               ? call.rows
-                               : RoundDown(call.rows * (index + 1) / num_blocks, kRowsPerTile)};
-  };
-  // Tasks are ordered by blocks, so that a thread's share of them is its rows.
-  pool_->Run(z_groups * num_blocks, [&](int64_t task, int thread) {
-    const RowBlock block = block_of(task / z_groups);
-    int64_t group = task % z_groups;
+  RunZ(call);
+  RunAllPanels(call);
+}
+
+// Tasks are ordered by blocks, here and below, so that a thread's share of them is its rows.
+void LinearRunner::RunZ(const LinearCall& call) {
+  if (ArithmeticOfPlanes() == Arithmetic::kInt8) z_codes_.GrowTo(z_size_);
+  int64_t groups = 0;
+  for (size_t i = 0; i < call.parts.size(); ++i)
+    groups += NumGroups(plans_[i].residual.max_rank) + NumGroups(plans_[i].prefix.max_rank);
+  pool_->Run(groups * NumBlocks(call.rows), [&](int64_t task, int thread) {
+    const RowBlock block = BlockAt(call.rows, task / groups);
+    int64_t group = task % groups;
     for (size_t i = 0; i < call.parts.size(); ++i) {
       for (const FactorStage* stage : {&plans_[i].residual, &plans_[i].prefix}) {
         const int64_t count = NumGroups(stage->max_rank);
@@ -116,15 +119,90 @@ void LinearRunner::RunManyRows(const LinearCall& call) {
       }
     }
   });
-  pool_->Run(panels * num_blocks, [&](int64_t task, int thread) {
-    const RowBlock block = block_of(task / panels);
+}
+
+void LinearRunner::RunAllPanels(const LinearCall& call) {
+  int64_t panels = 0;
+  for (size_t i = 0; i < call.parts.size(); ++i) panels += NumPanels(plans_[i].layer->out);
+  pool_->Run(panels * NumBlocks(call.rows), [&](int64_t task, int thread) {
+    const RowBlock block = BlockAt(call.rows, task / panels);
     int64_t panel = task % panels;
     for (size_t i = 0; i < call.parts.size(); ++i) {
       const int64_t count = NumPanels(plans_[i].layer->out);
-      if (panel >= 0 && panel < count) RunPanel(call, plans_[i], panel, block, thread);
+      if (panel >= 0 && panel < count)
+        RunPanel(call, plans_[i], panel, block, PanelOf(call.parts[i], panel), thread);
       panel -= count;
     }
   });
+}
+
+bool LinearRunner::RunsInCodes(const LinearCall& call, std::span<const PackedLinear> layers) const {
+  for (const LinearPart& part : call.parts) {
+    for (const RowGroup& group : part.groups) {
+      const Arithmetic arithmetic = group.form == Form::kPrefix
+                                        ? ArithmeticOfPlanes()
+                                        : ArithmeticOf(layers[part.layer], group.form);
+      if (arithmetic != Arithmetic::kInt8) return false;
+    }
+  }
+  return true;
+}
+
+bool LinearRunner::RunMlp(const MlpCall& call, std::span<const PackedLinear> layers) {
+  const int64_t rows = call.expand.rows;
+  if (rows <= kMaxFewRows || !RunsInCodes(call.expand, layers) ||
+      !RunsInCodes(call.contract, layers)) {
+    return false;
+  }
+  const int64_t num_blocks = NumBlocks(rows);
+  const int64_t units = NumGroups(call.contract.in.cols);
+  const int64_t hidden_stride = CodeStride(call.contract.in.cols);
+  hidden_codes_.GrowTo(rows * hidden_stride);
+  for (ThreadState& thread : threads_) {
+    thread.gate.GrowTo((rows / num_blocks + kRowsPerTile) * kUnitOutputs);
+    thread.up.GrowTo((rows / num_blocks + kRowsPerTile) * kUnitOutputs);
+  }
+  PlanCall(call.expand, layers);
+  ConvertInput(call.expand);
+  RunZ(call.expand);
+  pool_->Run(units * num_blocks, [&](int64_t task, int thread) {
+    ExpandUnit(call, task % units, BlockAt(rows, task / units), thread);
+  });
+  std::swap(input_codes_, hidden_codes_);
+  code_stride_ = hidden_stride;
+  PlanCall(call.contract, layers);
+  RunZ(call.contract);
+  RunAllPanels(call.contract);
+  return true;
+}
+
+void LinearRunner::ExpandUnit(const MlpCall& call, int64_t unit, RowBlock block, int thread) {
+  ThreadState& state = threads_[thread];
+  const int64_t rows = block.end - block.begin;
+  const int64_t cols = call.contract.in.cols;
+  const int64_t num_parts = static_cast<int64_t>(call.expand.parts.size());
+  float* const results[2] = {num_parts == 1 ? state.up.data() : state.gate.data(), state.up.data()};
+  for (int64_t i = 0; i < num_parts; ++i) {
+    // Columns behind the last stay zeros.
+    if (cols - unit * kUnitOutputs < kUnitOutputs)
+      std::fill_n(results[i], rows * kUnitOutputs, 0.0f);
+    for (int64_t half = 0; half < 2; ++half) {
+      const int64_t panel = 2 * unit + half;
+      if (panel * kPanelOutputs >= cols) break;
+      RunPanel(call.expand, plans_[i], panel, block,
+               {.data = results[i] + half * kPanelOutputs,
+                .stride = kUnitOutputs,
+                .first_row = block.begin},
+               thread);
+    }
+  }
+  ActivationKernel(*kernels_, call.activation)(results[0], num_parts == 1 ? nullptr : results[1],
+                                               rows * kUnitOutputs, state.up.data());
+  const int64_t stride = CodeStride(cols);
+  const int64_t at = block.begin * stride + unit * kGroupSize;
+  kernels_->quantise_groups(state.up.data(), kUnitOutputs, rows, hidden_codes_.codes.data() + at,
+                            stride, hidden_codes_.scales.data() + at / kGroupSize,
+                            hidden_codes_.offsets.data() + at / kGroupSize, stride / kGroupSize);
 }
 
 LinearRunner::Arithmetic LinearRunner::ArithmeticOfPlanes() const {
@@ -160,12 +238,8 @@ void LinearRunner::MultiplyInput(const LinearCall& call, Arithmetic arithmetic, 
                      reinterpret_cast<const float*>(panel), bias, out, out_stride, outputs, adds);
       break;
     case Arithmetic::kInt8: {
-      const int64_t first_scale = rows.begin * scale_stride_ + begin / kGroupSize;
-      const QuantisedRows quantised = {.codes = codes_.data() + rows.begin * code_stride_ + begin,
-                                       .code_stride = code_stride_,
-                                       .scales = scales_.data() + first_scale,
-                                       .offsets = offsets_.data() + first_scale,
-                                       .scale_stride = scale_stride_};
+      const QuantisedRows quantised =
+          input_codes_.From(rows.begin * code_stride_ + begin, code_stride_);
       kernels_->int8_gemm(quantised, num_rows, NumGroups(end - begin), panel, bias, out, out_stride,
                           outputs, adds);
       break;
@@ -189,13 +263,15 @@ void LinearRunner::RunGroupOfZ(const LinearCall& call, const PartPlan& plan,
   if (ArithmeticOfPlanes() != Arithmetic::kInt8) return;
   for (const RowGroup& group : groups) {
     const RowGroup rows = PartOf(group, block);
-    if (rows.form != stage.form || rows.rank <= first) continue;
-    for (int64_t t = rows.begin; t < rows.end; ++t) {
-      const int64_t at = stage.z_offset + t * stage.z_stride + first;
-      kernels_->quantise(z_.data() + at, std::min(kGroupSize, rows.rank - first),
-                         z_codes_.data() + at, z_scales_.data() + at / kGroupSize,
-                         z_offsets_.data() + at / kGroupSize);
-    }
+    if (rows.form != stage.form || rows.rank <= first || rows.begin >= rows.end) continue;
+    const int64_t at = stage.z_offset + rows.begin * stage.z_stride + first;
+    for (int64_t t = 0; t < rows.end - rows.begin && rows.rank < first + kGroupSize; ++t)
+      std::fill_n(z_.data() + at + t * stage.z_stride + rows.rank - first,
+                  first + kGroupSize - rows.rank, 0.0f);
+    kernels_->quantise_groups(
+        z_.data() + at, stage.z_stride, rows.end - rows.begin, z_codes_.codes.data() + at,
+        stage.z_stride, z_codes_.scales.data() + at / kGroupSize,
+        z_codes_.offsets.data() + at / kGroupSize, stage.z_stride / kGroupSize);
   }
 }
 
@@ -236,21 +312,25 @@ void LinearRunner::MultiplyByA(const LinearCall& call, const PartPlan& plan,
     state.executed.weight_bytes += components * layer.a_component_bytes();
 }
 
+LinearRunner::Outputs LinearRunner::PanelOf(const LinearPart& part, int64_t panel) {
+  return {.data = OutputRow(part, 0) + panel * kPanelOutputs, .stride = part.out.cols};
+}
+
 void LinearRunner::RunPanel(const LinearCall& call, const PartPlan& plan, int64_t panel,
-                            RowBlock block, int thread) {
-  SetToBias(call, plan, panel, block, thread);
+                            RowBlock block, const Outputs& to, int thread) {
+  SetToBias(call, plan, panel, block, to, thread);
   for (const Form form : {Form::kResidual, Form::kDense}) {
     if (HasForm(plan.part->groups, form, block))
-      MultiplyByWeights(call, plan, form, panel, block, thread);
+      MultiplyByWeights(call, plan, form, panel, block, to, thread);
   }
   for (const FactorStage* stage : {&plan.residual, &plan.prefix}) {
     if (HasForm(plan.part->groups, stage->form, block))
-      MultiplyByB(call, plan, *stage, panel, block, thread);
+      MultiplyByB(call, plan, *stage, panel, block, to, thread);
   }
 }
 
 void LinearRunner::SetToBias(const LinearCall& call, const PartPlan& plan, int64_t panel,
-                             RowBlock block, int thread) {
+                             RowBlock block, const Outputs& to, int thread) {
   const int64_t first = panel * kPanelOutputs;
   const int64_t outputs = std::min(kPanelOutputs, plan.layer->out - first);
   const float* bias = plan.layer->bias;
@@ -258,7 +338,7 @@ void LinearRunner::SetToBias(const LinearCall& call, const PartPlan& plan, int64
     if (group.form != Form::kPrefix || group.rank > 0) continue;
     const RowGroup rows = PartOf(group, block);
     for (int64_t t = rows.begin; t < rows.end; ++t) {
-      float* out = OutputRow(*plan.part, t) + first;
+      float* out = to.Row(t);
       for (int64_t o = 0; o < outputs; ++o)
         out[o] = (call.add_to_output ? out[o] : 0.0f) + (bias == nullptr ? 0.0f : bias[first + o]);
     }
@@ -295,7 +375,7 @@ void LinearRunner::UnpackWeights(const PackedLinear& layer, Form form, int64_t p
 }
 
 void LinearRunner::MultiplyByWeights(const LinearCall& call, const PartPlan& plan, Form form,
-                                     int64_t panel, RowBlock block, int thread) {
+                                     int64_t panel, RowBlock block, const Outputs& to, int thread) {
   const PackedLinear& layer = *plan.layer;
   const std::span<const RowGroup> groups = plan.part->groups;
   const int64_t first = panel * kPanelOutputs;
@@ -311,8 +391,8 @@ void LinearRunner::MultiplyByWeights(const LinearCall& call, const PartPlan& pla
       if (rows.form != form || rows.begin >= rows.end) continue;
       MultiplyInput(call, arithmetic, {rows.begin, rows.end}, begin, end, state.panel,
                     {.bias = begin == 0 && layer.bias != nullptr ? layer.bias + first : nullptr,
-                     .out = OutputRow(*plan.part, rows.begin) + first,
-                     .out_stride = layer.out,
+                     .out = to.Row(rows.begin),
+                     .out_stride = to.stride,
                      .outputs = outputs,
                      .adds = call.add_to_output || begin > 0});
       state.executed.flops += 2 * (rows.end - rows.begin) * outputs * (end - begin);
@@ -357,7 +437,7 @@ void LinearRunner::UnpackBCodes(const FactorStage& stage, int64_t first_output, 
 
 void LinearRunner::MultiplyByB(const LinearCall& call, const PartPlan& plan,
                                const FactorStage& stage, int64_t panel, RowBlock block,
-                               int thread) {
+                               const Outputs& to, int thread) {
   const PackedLinear& layer = *plan.layer;
   const std::span<const RowGroup> groups = plan.part->groups;
   const int64_t first = panel * kPanelOutputs;
@@ -384,15 +464,10 @@ void LinearRunner::MultiplyByB(const LinearCall& call, const PartPlan& plan,
       const int64_t num_rows = rows.end - rows.begin;
       const int64_t depth = std::min(end, rows.rank) - begin;
       const int64_t z = stage.z_offset + rows.begin * stage.z_stride + begin;
-      float* out = OutputRow(*plan.part, rows.begin) + first;
+      float* out = to.Row(rows.begin);
       if (in_codes) {
-        const QuantisedRows quantised = {.codes = z_codes_.data() + z,
-                                         .code_stride = stage.z_stride,
-                                         .scales = z_scales_.data() + z / kGroupSize,
-                                         .offsets = z_offsets_.data() + z / kGroupSize,
-                                         .scale_stride = stage.z_stride / kGroupSize};
-        kernels_->int8_gemm(quantised, num_rows, NumGroups(depth), state.panel, bias, out,
-                            layer.out, outputs, adds);
+        kernels_->int8_gemm(z_codes_.From(z, stage.z_stride), num_rows, NumGroups(depth),
+                            state.panel, bias, out, to.stride, outputs, adds);
       } else {
         kernels_->gemm(z_.data() + z, stage.z_stride, num_rows, depth, floats, bias, out, layer.out,
                        outputs, adds);

@@ -1,0 +1,16 @@
+#include "kernels/backend.h"
+
+namespace nestor {
+
+void Backend::Mlp(const MlpCall& call) {
+  Linear(call.expand);
+  const std::span<const LinearPart> parts = call.expand.parts;
+  Activation({.kind = call.activation,
+              .in = parts[0].out,
+              .up = parts.size() > 1 ? parts[1].out : Tensor{},
+              .out = call.contract.in,
+              .rows = call.expand.rows});
+  Linear(call.contract);
+}
+
+}  // namespace nestor
