@@ -81,7 +81,7 @@ class TransformerEngine final : public Engine {
         tokenizer_(std::move(tokenizer)),
         chat_template_(std::move(chat_template)),
         pages_(0, options.page_size),
-        raiser_(model_.get(), backend_->bytes_per_flop()) {}
+        raiser_(&model_->layers(), &model_->levels(), model_->dense_storage(), backend_.get()) {}
 
   absl::Status Load();
 

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "engine/nested_model.h"
+#include "kernels/backend.h"
 
 namespace nestor {
 
@@ -23,9 +24,9 @@ inline LevelSet SetOf(int level) { return level < kMaxLevelsInSet ? LevelSet{1} 
 // from some number of rows on.
 class LevelRaiser {
  public:
-  // `bytes_per_flop`: bytes that the device reads while it does one FLOP (Backend). `model` is
-  // borrowed.
-  LevelRaiser(const NestedModel* model, double bytes_per_flop);
+  // All are borrowed. `dense` is how each dense form is stored.
+  LevelRaiser(const std::vector<LinearSpec>* layers, const std::vector<Level>* levels,
+              DenseStorage dense, const Backend* backend);
 
   struct Entry {
     int64_t rows = 0;
@@ -41,12 +42,19 @@ class LevelRaiser {
   int64_t BytesOf(LevelSet levels);
 
  private:
-  double CostOf(std::span<const Entry> entries, int target);
-  static bool Moves(const NestedModel& model, const Entry& entry, int target);
+  double CostOf(std::span<const Entry> entries, int target, const StepCosts& costs);
+  bool Moves(const Entry& entry, int target) const;
 
-  const NestedModel* const model_;
-  const double bytes_per_flop_;
-  std::vector<double> row_work_;  // FLOPs of a row by level, those of factors weighed
+  const std::vector<LinearSpec>& layers_;
+  const std::vector<Level>& levels_;
+  const DenseStorage dense_;
+  const Backend* const backend_;
+  // FLOPs of a row by level, of planes or dense weights and of factors.
+  struct RowWork {
+    double dense = 0;
+    double factors = 0;
+  };
+  std::vector<RowWork> row_work_;
   std::unordered_map<LevelSet, int64_t> bytes_;  // of the sets seen
 };
 

@@ -139,6 +139,12 @@ struct KvCacheShape {
   int64_t num_pages = 0;
 };
 
+// A step takes about the time of its bytes and that of its FLOPs.
+struct StepCosts {
+  double bytes_per_flop = 0.1;  // that the device reads while it does one FLOP of planes or dense
+  double factor_weight = 1;     // FLOPs of planes in the time of one of factors
+};
+
 // A device that holds weights and runs the operations of a step, one after the other.
 //
 // Not thread-safe: one thread owns a backend and calls it. Loading copies: what a view points to
@@ -179,9 +185,9 @@ class Backend {
   // Bytes held for weights (the device's own layout) and for the KV cache.
   virtual int64_t resident_weight_bytes() const = 0;
   virtual int64_t kv_cache_bytes() const = 0;
-  // Bytes of weights that the device reads while it does one FLOP of a step of few rows. A rough
-  // figure: choices between two ways to run a step rest on it, never a result.
-  virtual double bytes_per_flop() const { return 0.1; }
+  // What a step of `rows` costs, roughly: choices between two ways to run it rest on this, never a
+  // result.
+  virtual StepCosts step_costs(int64_t rows) const;
   // Bytes of one scalar in the KV cache.
   virtual int64_t kv_scalar_bytes() const { return sizeof(float); }
 };

@@ -7,7 +7,7 @@
 The roofs are the measured read bandwidth and the measured rate of matrix products; a point is one
 row of the report: FLOPs of its linear layers for each byte of weights that it read, and FLOPs a
 second. Colours are levels, markers what was run. Weights that stay in a cache may stand above the
-slanted roof. OUT is an SVG or a PNG, by its name. Needs matplotlib.
+slanted roof. OUT is an SVG or a PNG, by its name. Needs requirements-plots.txt.
 """
 
 import argparse

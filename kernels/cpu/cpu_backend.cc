@@ -69,10 +69,13 @@ class CpuBackend : public Backend {
   void Gather(const Tensor& in, std::span<const int64_t> rows, const Tensor& out) override;
   void Read(const Tensor& in, int64_t row_begin, int64_t rows, float* out) override;
 
-  double bytes_per_flop() const override {
-    // From steps of 1 to 16 rows of SmolLM2-135M at its full level (Zen 4, 2 threads): 157 MB take
-    // 3.3 ms with AVX-512 and 4 ms with AVX2, another row of 270 MFLOP 0.95 and 2.2 ms.
-    return kernels_->int8_gemm != nullptr ? 0.17 : 0.32;
+  StepCosts step_costs(int64_t rows) const override {
+    // Measured on Zen 4, 2 threads, with SmolLM2-135M at its full level. 1 to 16 rows: 157 MB take
+    // 3.3 ms with AVX-512 and 4 ms with AVX2, another row of 270 MFLOP 0.95 and 2.2 ms; factors run
+    // at half of the planes' rate (docs/kernels.md). 512 rows: 460 and 230 GFLOP/s, 35 GB/s.
+    const bool has_int8 = kernels_->int8_gemm != nullptr;
+    if (rows <= kMaxFewRows) return {.bytes_per_flop = has_int8 ? 0.17 : 0.32, .factor_weight = 2};
+    return {.bytes_per_flop = has_int8 ? 0.08 : 0.15, .factor_weight = 1.2};
   }
   LinearCost executed() const override { return linear_.executed(); }
   int64_t resident_weight_bytes() const override { return weights_.allocated_bytes(); }
