@@ -119,9 +119,10 @@ struct CpuKernels {
   void (*int8_panel_from_a)(const int8_t* a, int64_t stride, const uint16_t* scales,
                             int64_t scale_stride, int64_t count, int64_t groups,
                             uint8_t* panel) = nullptr;
-  // A group of an int8 panel from 32 components or inputs of 16 outputs, [32][16]: to nearest even,
-  // a scale for each output, absmax / 127.
-  void (*int8_group_from_floats)(const float* values, uint8_t* group) = nullptr;
+  // 32 components of 16 outputs of B as a group of an int8 panel with the scale 1: codes times
+  // scales / largest <= 1, to nearest. pairs[i] is [16][2], `scales` and `largest` bf16 [32].
+  void (*int8_group_from_b)(const int8_t* const* pairs, const uint16_t* scales,
+                            const uint16_t* largest, uint8_t* group) = nullptr;
   // As `gemm`. Bound: 1,024 integer multiply-adds a group and row.
   void (*int8_gemm)(const QuantisedRows& rows, int64_t num_rows, int64_t groups,
                     const uint8_t* panel, const float* bias, float* out, int64_t out_stride,

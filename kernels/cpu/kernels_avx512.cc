@@ -488,27 +488,43 @@ void Int8PanelFromA(const int8_t* a, int64_t stride, const uint16_t* scales, int
   }
 }
 
-void Int8GroupFromFloats(const float* values, uint8_t* group) {
-  __m512 absmax = _mm512_setzero_ps();
-#pragma GCC unroll 8
-  for (int64_t k = 0; k < kGroup; ++k)
-    absmax = _mm512_max_ps(absmax, _mm512_abs_ps(_mm512_load_ps(values + k * kPanelOutputs)));
-  const __mmask16 is_nonzero = _mm512_cmp_ps_mask(absmax, _mm512_set1_ps(1e-30f), _CMP_GT_OQ);
-  const __m512 inverse = _mm512_maskz_div_ps(is_nonzero, _mm512_set1_ps(127.0f), absmax);
-  const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
-  const auto code = [&](int64_t k) {
-    return _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(values + k * kPanelOutputs), inverse));
-  };
-  for (int64_t c = 0; c < 8; ++c) {
-    const __m512i low =
-        _mm512_mask_blend_epi16(0xaaaaaaaau, code(4 * c), _mm512_slli_epi32(code(4 * c + 2), 16));
-    const __m512i high = _mm512_mask_blend_epi16(0xaaaaaaaau, code(4 * c + 1),
-                                                 _mm512_slli_epi32(code(4 * c + 3), 16));
-    const __m512i line =
-        _mm512_mask_blend_epi8(0xaaaaaaaaaaaaaaaaull, low, _mm512_slli_epi16(high, 8));
-    _mm512_store_si512(group + c * kLineBytes, _mm512_xor_si512(line, sign));
+// scales / largest in units of 2^-15, for 32 components; 0 where a component has none.
+inline __m512i Ratios(const uint16_t* scales, const uint16_t* largest) {
+  __m512i halves[2];
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    const __m512 divisor = Floats16FromBfloat16(largest + 16 * i);
+    const __mmask16 is_used = _mm512_cmp_ps_mask(divisor, _mm512_setzero_ps(), _CMP_GT_OQ);
+    const __m512 ratio =
+        _mm512_maskz_div_ps(is_used, Floats16FromBfloat16(scales + 16 * i), divisor);
+    halves[i] = _mm512_cvtps_epi32(_mm512_mul_ps(ratio, _mm512_set1_ps(32768.0f)));
   }
-  WriteScales(_mm512_mul_ps(absmax, _mm512_set1_ps(1.0f / 127.0f)), group);
+  // 32,768 saturates to 32,767.
+  return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtsepi32_epi16(halves[0])),
+                            _mm512_cvtsepi32_epi16(halves[1]), 1);
+}
+
+void Int8GroupFromB(const int8_t* const* pairs, const uint16_t* scales, const uint16_t* largest,
+                    uint8_t* group) {
+  alignas(64) uint16_t ratios[kGroup];
+  _mm512_store_si512(ratios, Ratios(scales, largest));
+  const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
+  // Packing leaves, in 16 bytes, a pair of 4 outputs and then the other pair of them.
+  const __m512i order =
+      _mm512_broadcast_i32x4(_mm_set_epi8(15, 14, 7, 6, 13, 12, 5, 4, 11, 10, 3, 2, 9, 8, 1, 0));
+  const auto scaled = [&](int pair) {
+    int32_t factors;
+    __builtin_memcpy(&factors, ratios + 2 * pair, sizeof(factors));
+    const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(pairs[pair]));
+    return _mm512_mulhrs_epi16(_mm512_cvtepi8_epi16(codes), _mm512_set1_epi32(factors));
+  };
+#pragma GCC unroll 8
+  for (int c = 0; c < 8; ++c) {
+    const __m512i packed = _mm512_packs_epi16(scaled(2 * c), scaled(2 * c + 1));
+    _mm512_store_si512(group + c * kLineBytes,
+                       _mm512_xor_si512(_mm512_shuffle_epi8(packed, order), sign));
+  }
+  WriteScales(_mm512_set1_ps(1.0f), group);
 }
 
 // out (+)= sums + bias in the lanes of `mask`.
@@ -625,7 +641,7 @@ CpuKernels MakeKernels() {
   kernels.gemm = Gemm;
   kernels.int8_panel_from_planes = Int8PanelFromPlanes;
   kernels.int8_panel_from_a = Int8PanelFromA;
-  kernels.int8_group_from_floats = Int8GroupFromFloats;
+  kernels.int8_group_from_b = Int8GroupFromB;
   kernels.int8_gemm = Int8Gemm;
   return kernels;
 }

@@ -103,6 +103,19 @@ absl::StatusOr<BSegment> PackSegment(const FactorView& view, int64_t out, int64_
   return segment;
 }
 
+absl::StatusOr<const uint16_t*> LargestBScales(const FactorView& view, int64_t out,
+                                               MemoryArena* arena) {
+  NESTOR_ASSIGN_OR_RETURN(uint16_t * result,
+                          arena->Allocate<uint16_t>(PaddedToGroup(view.max_rank)));
+  std::fill_n(result, PaddedToGroup(view.max_rank), uint16_t{0});
+  for (int64_t k = 0; k < view.max_rank; ++k) {
+    // Positive floats compare as their bits do.
+    const uint16_t* scales = view.bt_scales + k * NumGroups(out);
+    result[k] = *std::max_element(scales, scales + NumGroups(out));
+  }
+  return result;
+}
+
 // Where B is cut: ascending, the last one being the stored rank. All others are even, since pairs
 // of components lie together.
 std::vector<int64_t> SegmentEnds(const FactorView& view) {
@@ -127,6 +140,7 @@ absl::StatusOr<PackedFactors> PackFactors(const FactorView& view, int64_t out, i
   if (rank == 0) return result;
   NESTOR_ASSIGN_OR_RETURN(result.a, Copied(view.a, rank * PaddedToGroup(in), arena));
   NESTOR_ASSIGN_OR_RETURN(result.a_scales, Copied(view.a_scales, rank * NumGroups(in), arena));
+  NESTOR_ASSIGN_OR_RETURN(result.largest_b_scales, LargestBScales(view, out, arena));
   int64_t begin = 0;
   for (const int64_t end : SegmentEnds(view)) {
     NESTOR_ASSIGN_OR_RETURN(result.segments[result.num_segments],

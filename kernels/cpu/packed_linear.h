@@ -32,6 +32,8 @@ struct PackedFactors {
   int64_t max_rank = 0;
   const int8_t* a = nullptr;           // [max_rank][PaddedToGroup(in)]
   const uint16_t* a_scales = nullptr;  // bf16 [max_rank][NumGroups(in)]
+  // bf16 [PaddedToGroup(max_rank)]: the largest scale of each component of B, then zeros.
+  const uint16_t* largest_b_scales = nullptr;
   int num_segments = 0;
   BSegment segments[kMaxSegments] = {};
 

@@ -183,21 +183,29 @@ std::vector<double> RandomLayer::RoundingOfZ(Form form, int64_t rank,
   return result;
 }
 
-std::vector<double> RandomLayer::RoundingToGroups(Form form, int64_t rank, int64_t max_rank,
+std::vector<double> RandomLayer::RoundingToGroups(Form form, int64_t rank,
                                                   std::span<const double> x) const {
   std::vector<double> result(shape_.out);
   if (form == Form::kDense || rank == 0) return result;
   const Factors& factors = form == Form::kPrefix ? prefix_ : residual_;
-  const std::vector<double> z = LargestComponents(factors, rank, x);
+  std::vector<double> z = LargestComponents(factors, rank, x);
+  std::vector<double> largest(rank);
+  const int64_t groups = NumGroups(shape_.out);
+  for (int64_t k = 0; k < rank; ++k) {
+    for (int64_t g = 0; g < groups; ++g)
+      largest[k] =
+          std::max<double>(largest[k], FloatFromBfloat16(factors.bt_scales[k * groups + g]));
+    z[k] *= largest[k];
+  }
   for (int64_t i = 0; i < shape_.out; ++i) {
-    const std::vector<double> b = RowOfB(factors, max_rank, i);
+    const std::vector<double> b = RowOfB(factors, rank, i);
     for (int64_t begin = 0; begin < rank; begin += kGroupSize) {
       const int64_t end = std::min(begin + kGroupSize, rank);
-      const int64_t b_end = std::min(begin + kGroupSize, max_rank);
       const double z_step = *std::max_element(z.begin() + begin, z.begin() + end) / 254;
-      const double b_step = *std::max_element(b.begin() + begin, b.begin() + b_end) / 254;
+      // Ratios of scales are rounded as well, to 2^-15.
+      constexpr double kCodeStep = 0.51;
       for (int64_t k = begin; k < end; ++k)
-        result[i] += z_step * b[k] + b_step * z[k] + z_step * b_step;
+        result[i] += z_step * (b[k] / largest[k] + kCodeStep) + kCodeStep * z[k];
     }
   }
   return result;

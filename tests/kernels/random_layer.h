@@ -33,11 +33,9 @@ class RandomLayer {
   // error: half a step for every component, at the largest magnitude that z can have.
   std::vector<double> RoundingOfZ(Form form, int64_t rank, std::span<const double> x) const;
 
-  // What rounding z and a row of B to int8 in groups of 32 components may add: half a step, absmax
-  // of the group / 254, of each at the other's magnitude. `max_rank` is that of the step, whose
-  // components are rounded together.
-  std::vector<double> RoundingToGroups(Form form, int64_t rank, int64_t max_rank,
-                                       std::span<const double> x) const;
+  // What rounding z times the largest scale of each component to int8 in groups of 32 may add, and
+  // codes of B times their own scale over that: half a step of each at the other's magnitude.
+  std::vector<double> RoundingToGroups(Form form, int64_t rank, std::span<const double> x) const;
 
  private:
   struct Factors {
