@@ -42,15 +42,17 @@ std::string ByteLevelText(std::string_view text) {
   return mapped;
 }
 
-std::optional<std::string> BytesOfByteLevelText(std::string_view text) {
-  std::string bytes;
-  bytes.reserve(text.size());
+bool AppendBytesOfByteLevelText(std::string_view text, std::string* bytes) {
+  const size_t begin = bytes->size();
   for (size_t i = 0; i < text.size();) {
     const char32_t c = NextCodePoint(text, &i);
-    if (c >= kNumAlphabetCodePoints || kAlphabet.byte_of_character[c] < 0) return std::nullopt;
-    bytes += static_cast<char>(kAlphabet.byte_of_character[c]);
+    if (c >= kNumAlphabetCodePoints || kAlphabet.byte_of_character[c] < 0) {
+      bytes->resize(begin);
+      return false;
+    }
+    *bytes += static_cast<char>(kAlphabet.byte_of_character[c]);
   }
-  return bytes;
+  return true;
 }
 
 }  // namespace nestor

@@ -1,7 +1,6 @@
 #pragma once
 
 #include <cstdint>
-#include <optional>
 #include <string>
 #include <string_view>
 
@@ -12,8 +11,8 @@ namespace nestor {
 
 // Every byte of `text` as its character of the alphabet.
 std::string ByteLevelText(std::string_view text);
-// The bytes that `text` stands for; nullopt where a character is not of the alphabet.
-// REQUIRES: `text` is valid UTF-8.
-std::optional<std::string> BytesOfByteLevelText(std::string_view text);
+// Appends the bytes that `text` stands for; false, and nothing, where a character is not of the
+// alphabet. REQUIRES: `text` is valid UTF-8.
+bool AppendBytesOfByteLevelText(std::string_view text, std::string* bytes);
 
 }  // namespace nestor

@@ -82,6 +82,8 @@ double SumOfWeights(std::span<const float> logits, float highest, double tempera
   return sum;
 }
 
+constexpr size_t kWordBits = 64;
+
 // Below it the weights of all but the highest logits are 0 in any case, and 1 / temperature would
 // overflow.
 constexpr double kLowestTemperature = 1e-30;
@@ -122,8 +124,17 @@ Sampler::Sampler(const SamplingOptions& options) : options_(options) {}
 void Sampler::AddContext(std::span<const int32_t> tokens) {
   if (options_.repetition_penalty == 1) return;
   for (const int32_t token : tokens) {
-    if (is_in_context_.insert(token).second) context_.push_back(token);
+    if (token < 0) continue;
+    const size_t word = static_cast<size_t>(token) / kWordBits;
+    if (word >= context_.size()) context_.resize(word + 1);
+    context_[word] |= uint64_t{1} << (static_cast<size_t>(token) % kWordBits);
   }
+}
+
+bool Sampler::IsInContext(int32_t token) const {
+  const size_t word = static_cast<size_t>(token) / kWordBits;
+  return token >= 0 && word < context_.size() &&
+         (context_[word] >> (static_cast<size_t>(token) % kWordBits) & 1) != 0;
 }
 
 int32_t Sampler::Sample(std::span<const float> logits) {
@@ -143,6 +154,9 @@ int32_t Sampler::Peek(std::span<const float> logits, std::span<const int32_t> ah
 std::span<const float> Sampler::Penalise(std::span<const float> logits,
                                          std::span<const int32_t> ahead) {
   if (options_.repetition_penalty == 1) return logits;
+  // Room for every token at once, so that the tokens to come do not allocate.
+  const size_t num_words = (logits.size() + kWordBits - 1) / kWordBits;
+  if (context_.size() < num_words) context_.resize(num_words);
   penalised_.assign(logits.begin(), logits.end());
   const float penalty = static_cast<float>(options_.repetition_penalty);
   const auto penalise = [&](int32_t token) {
@@ -150,11 +164,15 @@ std::span<const float> Sampler::Penalise(std::span<const float> logits,
     float& logit = penalised_[static_cast<size_t>(token)];
     logit = logit > 0 ? logit / penalty : logit * penalty;
   };
-  for (const int32_t token : context_) penalise(token);
+  for (size_t word = 0; word < context_.size(); ++word) {
+    for (uint64_t bits = context_[word]; bits != 0; bits &= bits - 1) {
+      penalise(static_cast<int32_t>(word * kWordBits) + std::countr_zero(bits));
+    }
+  }
   for (size_t i = 0; i < ahead.size(); ++i) {
     const auto before = ahead.first(i);
-    const bool is_new = !is_in_context_.contains(ahead[i]) &&
-                        std::find(before.begin(), before.end(), ahead[i]) == before.end();
+    const bool is_new =
+        !IsInContext(ahead[i]) && std::find(before.begin(), before.end(), ahead[i]) == before.end();
     if (is_new) penalise(ahead[i]);
   }
   return penalised_;
@@ -196,6 +214,7 @@ int32_t Sampler::Draw(std::span<const float> logits, uint64_t index) {
 
 bool Sampler::Gather(std::span<const float> logits, float highest, double reach) {
   candidates_.clear();
+  candidates_.reserve(logits.size());
   const float lowest = static_cast<float>(highest - reach);
   for (size_t begin = 0; begin < logits.size(); begin += GumbelNoise::kBlock) {
     if (HighestOfBlock(logits, begin) < lowest) continue;
@@ -249,7 +268,8 @@ void Sampler::KeepTopP(std::span<const float> logits, float highest, bool is_lim
   candidates_.resize(kept.value_or(candidates_.size()));
 }
 
-std::string StopMatcher::Push(const std::string& text) {
+std::string StopMatcher::Push(std::string text) {
+  if (stops_.empty()) return text;
   if (matched_) return "";
   held_ += text;
   size_t first_match = std::string::npos;

@@ -3,7 +3,6 @@
 #include <cstdint>
 #include <span>
 #include <string>
-#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -39,6 +38,7 @@ class Sampler {
  private:
   // The logits with the repetition penalty of the context and `ahead`.
   std::span<const float> Penalise(std::span<const float> logits, std::span<const int32_t> ahead);
+  bool IsInContext(int32_t token) const;
   int32_t Draw(std::span<const float> logits, uint64_t index);
   // Sets candidates_ to the top_k likeliest.
   void KeepTopK(std::span<const float> logits, float highest);
@@ -50,8 +50,7 @@ class Sampler {
 
   const SamplingOptions options_;
   uint64_t num_sampled_ = 0;
-  std::vector<int32_t> context_;  // each token once
-  std::unordered_set<int32_t> is_in_context_;
+  std::vector<uint64_t> context_;  // a bit for every token up to the highest
   // Scratch, kept between calls.
   std::vector<float> penalised_;
   std::vector<std::pair<float, int32_t>> candidates_;
@@ -64,7 +63,7 @@ class StopMatcher {
   explicit StopMatcher(std::vector<std::string> stops) : stops_(std::move(stops)) {}
   // Adds `text` and returns what may be shown: text that could still become a stop string is held
   // back. After a match `matched()` is true and the stop string and all behind it are left out.
-  std::string Push(const std::string& text);
+  std::string Push(std::string text);
   // What was held back, at the end of a generation that did not match.
   std::string Flush();
   bool matched() const { return matched_; }

@@ -39,18 +39,18 @@ class ByteLevelStage : public TokenStage {
 
  private:
   void PushToken(std::string_view token, Emit emit) override {
-    const std::optional<std::string> bytes = BytesOfByteLevelText(token);
-    bytes_ += bytes.has_value() ? std::string_view(*bytes) : token;
+    if (!AppendBytesOfByteLevelText(token, &bytes_)) bytes_ += token;
     EmitCharacters(/*is_last=*/false, emit);
   }
 
   void EmitCharacters(bool is_last, Emit emit) {
-    std::string text;
-    bytes_.erase(0, AppendLossyUtf8(bytes_, is_last, &text));
-    emit(text, is_last);
+    text_.clear();
+    bytes_.erase(0, AppendLossyUtf8(bytes_, is_last, &text_));
+    emit(text_, is_last);
   }
 
   std::string bytes_;  // of a character that is not complete
+  std::string text_;   // what is emitted; kept so that tokens do not allocate
 };
 
 class FuseStage : public DecoderStage {
