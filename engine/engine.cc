@@ -100,10 +100,12 @@ class TransformerEngine final : public Engine {
   void RemoveSequence(SequenceId sequence) override;
   int64_t LengthOf(SequenceId sequence) const override;
   void Truncate(SequenceId sequence, int64_t length) override;
-  absl::StatusOr<StepResult> Step(const StepPlan& plan) override;
+  absl::Status Step(const StepPlan& plan, StepResult* result) override;
 
  private:
   bool has_cache() const { return !model_->spec().is_encoder(); }
+  // Room for what a step may hold, so that no step has to grow it.
+  void ReserveScratch();
   absl::Status Validate(const StepPlan& plan) const;
   absl::Status ValidateEntry(const StepEntry& entry) const;
   // Fills in executed_levels_.
@@ -143,11 +145,32 @@ class TransformerEngine final : public Engine {
   std::vector<double> log_probabilities_;
 };
 
+void TransformerEngine::ReserveScratch() {
+  // An entry has a row at least.
+  const auto sequences =
+      static_cast<size_t>(std::min(options_.max_sequences, options_.max_step_rows));
+  const auto rows = static_cast<size_t>(options_.max_step_rows);
+  const size_t levels = model_->levels().size();
+  executed_.reserve(sequences);
+  entry_order_.reserve(sequences);
+  sequence_rows_.reserve(sequences);
+  entry_of_sequence_rows_.reserve(sequences);
+  tokens_.reserve(rows);
+  positions_.reserve(rows);
+  outputs_.reserve(rows);
+  output_rows_.reserve(kMaxOutputRows);
+  runs_.reserve(levels);
+  output_runs_.reserve(levels);
+  const ModelSpec& spec = model_->spec();
+  values_.reserve(sequences * static_cast<size_t>(has_cache() ? spec.vocabulary : spec.hidden));
+}
+
 absl::Status TransformerEngine::Load() {
   const ModelSpec& spec = model_->spec();
   NESTOR_ASSIGN_OR_RETURN(transformer_, Transformer::Load(model_.get(), backend_.get(),
                                                           options_.max_step_rows, kMaxOutputRows));
   model_->tensors().DropPages();
+  ReserveScratch();
   const auto order_of = [](const Level& level) {
     return level.ladder == "prefix" ? 0 : level.ladder == "residual" ? 1 : 2;
   };
@@ -304,9 +327,11 @@ void TransformerEngine::ChooseLevels(const StepPlan& plan) {
 void TransformerEngine::LayOutRows(const StepPlan& plan) {
   entry_order_.resize(plan.entries.size());
   for (size_t i = 0; i < entry_order_.size(); ++i) entry_order_[i] = i;
-  std::stable_sort(entry_order_.begin(), entry_order_.end(), [&](size_t a, size_t b) {
-    return level_order_[static_cast<size_t>(executed_[a].level)] <
-           level_order_[static_cast<size_t>(executed_[b].level)];
+  // By level and then as planned: a stable sort would allocate.
+  std::sort(entry_order_.begin(), entry_order_.end(), [&](size_t a, size_t b) {
+    const int order_a = level_order_[static_cast<size_t>(executed_[a].level)];
+    const int order_b = level_order_[static_cast<size_t>(executed_[b].level)];
+    return order_a != order_b ? order_a < order_b : a < b;
   });
   tokens_.clear();
   positions_.clear();
@@ -432,28 +457,27 @@ void TransformerEngine::DeliverEmbeddings(const StepPlan& plan, StepResult* resu
   }
 }
 
-absl::StatusOr<StepResult> TransformerEngine::Step(const StepPlan& plan) {
+absl::Status TransformerEngine::Step(const StepPlan& plan, StepResult* result) {
   NESTOR_RETURN_IF_ERROR(Validate(plan));
   ChooseLevels(plan);
   LayOutRows(plan);
   const LinearCost before = backend_->executed();
   transformer_->Forward(
       {.tokens = tokens_, .positions = positions_, .sequences = sequence_rows_, .runs = runs_});
-  StepResult result;
-  result.entries.resize(plan.entries.size());
+  result->entries.resize(plan.entries.size());
   for (size_t i = 0; i < plan.entries.size(); ++i) {
-    result.entries[i].executed_level = executed_[i].level;
+    result->entries[i] = {.executed_level = executed_[i].level};
     sequences_.at(plan.entries[i].sequence).length +=
         static_cast<int64_t>(plan.entries[i].tokens.size());
   }
   if (has_cache()) {
-    DeliverLogits(plan, &result);
+    DeliverLogits(plan, result);
   } else {
-    DeliverEmbeddings(plan, &result);
+    DeliverEmbeddings(plan, result);
   }
   const LinearCost after = backend_->executed();
-  result.executed = {after.weight_bytes - before.weight_bytes, after.flops - before.flops};
-  return result;
+  result->executed = {after.weight_bytes - before.weight_bytes, after.flops - before.flops};
+  return absl::OkStatus();
 }
 
 absl::Status Validate(const EngineOptions& options) {
@@ -469,6 +493,12 @@ absl::Status Validate(const EngineOptions& options) {
 }
 
 }  // namespace
+
+absl::StatusOr<StepResult> Engine::Step(const StepPlan& plan) {
+  StepResult result;
+  NESTOR_RETURN_IF_ERROR(Step(plan, &result));
+  return result;
+}
 
 absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(std::unique_ptr<NestedModel> model,
                                                        std::unique_ptr<Backend> backend,

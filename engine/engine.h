@@ -111,10 +111,14 @@ class Engine {
   virtual int64_t free_pages() const = 0;
   virtual int64_t num_pages() const = 0;
 
+  // Replaces what `result` held. With a plan and a result that are kept from step to step, one that
+  // is like those before it does not allocate.
   // INVALID_ARGUMENT (nothing has run) for an empty plan, a sequence twice, token ids out of
   // range, a level that does not exist, more rows than max_step_rows, or a sequence that would
   // outgrow its reservation.
-  virtual absl::StatusOr<StepResult> Step(const StepPlan& plan) = 0;
+  virtual absl::Status Step(const StepPlan& plan, StepResult* result) = 0;
+  // The same for who steps once in a while.
+  absl::StatusOr<StepResult> Step(const StepPlan& plan);
 
   // Borrowed; null for none.
   virtual void SetObserver(LinearInputObserver* observer) = 0;

@@ -40,8 +40,10 @@ LevelRaiser::LevelRaiser(const std::vector<LinearSpec>* layers, const std::vecto
 }
 
 int64_t LevelRaiser::BytesOf(LevelSet levels) {
-  const auto found = bytes_.find(levels);
-  if (found != bytes_.end()) return found->second;
+  // The upper bits of a product by the golden ratio (Knuth, volume 3, 6.4).
+  static_assert(std::tuple_size_v<decltype(bytes_)> == 256);
+  BytesOfSet& known = bytes_[(levels * 0x9e3779b97f4a7c15u) >> 56];
+  if (known.levels == levels) return known.bytes;
   int64_t total = 0;
   for (size_t layer = 0; layer < layers_.size(); ++layer) {
     bool has_dense = false;
@@ -56,7 +58,7 @@ int64_t LevelRaiser::BytesOf(LevelSet levels) {
     }
     total += BytesOfLayer(layers_[layer], dense_, has_dense, residual_rank, prefix_rank);
   }
-  bytes_.emplace(levels, total);
+  known = {levels, total};
   return total;
 }
 

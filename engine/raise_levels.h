@@ -1,8 +1,8 @@
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <span>
-#include <unordered_map>
 #include <vector>
 
 #include "engine/nested_model.h"
@@ -55,7 +55,12 @@ class LevelRaiser {
     double factors = 0;
   };
   std::vector<RowWork> row_work_;
-  std::unordered_map<LevelSet, int64_t> bytes_;  // of the sets seen
+  // Of sets seen lately, each in the one place that is its own; a set of no level is a free place.
+  struct BytesOfSet {
+    LevelSet levels = 0;
+    int64_t bytes = 0;
+  };
+  std::array<BytesOfSet, 256> bytes_;
 };
 
 }  // namespace nestor

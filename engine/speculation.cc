@@ -7,18 +7,22 @@ namespace nestor {
 
 using Clock = std::chrono::steady_clock;
 
+SpeculativeRound::SpeculativeRound(Engine* engine) : engine_(engine), plan_{{StepEntry()}} {
+  tokens_.reserve(1 + kMaxDrafts);
+  steps_.reserve(kMaxDrafts + 2);
+}
+
 absl::StatusOr<StepResult::Entry> SpeculativeRound::Step(std::span<const int32_t> tokens, int level,
                                                          StepEntry::Output output) {
-  StepPlan plan;
-  plan.entries.push_back(
-      {.sequence = shape_.sequence, .tokens = tokens, .level = level, .output = output});
+  plan_.entries.front() = {
+      .sequence = shape_.sequence, .tokens = tokens, .level = level, .output = output};
   const Clock::time_point begin = Clock::now();
-  NESTOR_ASSIGN_OR_RETURN(const StepResult result, engine_->Step(plan));
+  NESTOR_RETURN_IF_ERROR(engine_->Step(plan_, &result_));
   steps_.push_back({.level = level,
                     .rows = static_cast<int64_t>(tokens.size()),
                     .time = Clock::now() - begin,
-                    .weight_bytes = result.executed.weight_bytes});
-  return result.entries.front();
+                    .weight_bytes = result_.executed.weight_bytes});
+  return result_.entries.front();
 }
 
 absl::Status SpeculativeRound::Run(const Shape& shape, Sampler* sampler) {

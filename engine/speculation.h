@@ -46,7 +46,7 @@ class SpeculativeRound {
     int64_t weight_bytes = 0;
   };
 
-  explicit SpeculativeRound(Engine* engine) : engine_(engine) {}
+  explicit SpeculativeRound(Engine* engine);
 
   // Drafts with `sampler`'s Peek, and verifies. Errors are Engine::Step's: one is a sequence
   // reserved for fewer than num_drafts + 1 positions more.
@@ -82,6 +82,8 @@ class SpeculativeRound {
                                          StepEntry::Output output);
 
   Engine* const engine_;
+  StepPlan plan_;
+  StepResult result_;
   Shape shape_;
   int64_t length_ = 0;           // of the sequence, before the round
   std::vector<int32_t> tokens_;  // the token, and what was drafted after it

@@ -156,6 +156,8 @@ absl::Status Transformer::AllocateTensors(int64_t max_rows, int64_t max_output_r
     NESTOR_ASSIGN_OR_RETURN(output_, backend_->Allocate(max_output_rows, spec.vocabulary));
   }
   zeros_.assign(static_cast<size_t>(max_rows), 0);
+  // At most three layers share an input, and a step has a run for every level.
+  groups_.reserve(3 * model_->levels().size());
   return absl::OkStatus();
 }
 

@@ -43,19 +43,20 @@ class Sequences {
 };
 
 // Adds what the step executed to `measurement`.
-absl::StatusOr<StepResult> CheckedStep(Engine* engine, const StepPlan& plan,
-                                       Measurement* measurement) {
-  NESTOR_ASSIGN_OR_RETURN(StepResult result, engine->Step(plan));
-  for (const StepResult::Entry& entry : result.entries) NESTOR_RETURN_IF_ERROR(entry.status);
-  measurement->weight_bytes += result.executed.weight_bytes;
-  measurement->flops += result.executed.flops;
-  return result;
+absl::Status CheckedStep(Engine* engine, const StepPlan& plan, StepResult* result,
+                         Measurement* measurement) {
+  NESTOR_RETURN_IF_ERROR(engine->Step(plan, result));
+  for (const StepResult::Entry& entry : result->entries) NESTOR_RETURN_IF_ERROR(entry.status);
+  measurement->weight_bytes += result->executed.weight_bytes;
+  measurement->flops += result->executed.flops;
+  return absl::OkStatus();
 }
 
 // Runs `tokens` of one sequence in chunks; the result is that of the last chunk.
 absl::StatusOr<StepResult> RunPrompt(Engine* engine, SequenceId sequence, int level,
                                      std::span<const int32_t> tokens, Measurement* measurement) {
   const auto chunk = static_cast<size_t>(engine->options().max_step_rows);
+  StepResult result;
   while (true) {
     const bool is_last = tokens.size() <= chunk;
     const std::span<const int32_t> head = tokens.first(std::min(tokens.size(), chunk));
@@ -65,42 +66,49 @@ absl::StatusOr<StepResult> RunPrompt(Engine* engine, SequenceId sequence, int le
                      .level = level,
                      .output = is_last ? StepEntry::Output::kLastLogits : StepEntry::Output::kNone,
                      .targets = {}}}};
-    NESTOR_ASSIGN_OR_RETURN(StepResult result, CheckedStep(engine, plan, measurement));
+    NESTOR_RETURN_IF_ERROR(CheckedStep(engine, plan, &result, measurement));
     if (is_last) return result;
     tokens = tokens.subspan(chunk);
   }
 }
 
-// One token for each of `rows`, in one pass.
-absl::Status DecodeStep(Engine* engine, std::span<Row* const> rows, EngineTimer::Mix mix,
-                        Measurement* measurement) {
+// One pass of a decode step, the same in every step: `plan` points at the rows' next tokens.
+struct Pass {
+  std::vector<Row*> rows;
   StepPlan plan;
-  LevelSet may_run = 0;
-  if (mix == EngineTimer::Mix::kEngineChooses) {
-    for (const Row* row : rows) may_run |= SetOf(row->level);
-  }
-  for (const Row* row : rows) {
-    plan.entries.push_back({.sequence = row->sequence,
-                            .tokens = {&row->next_token, 1},
-                            .level = row->level,
-                            .may_run = may_run,
-                            .output = StepEntry::Output::kLastLogits,
-                            .targets = {}});
-  }
-  NESTOR_ASSIGN_OR_RETURN(const StepResult result, CheckedStep(engine, plan, measurement));
-  for (size_t i = 0; i < rows.size(); ++i) {
-    ++measurement->rows_by_level[result.entries[i].executed_level];
-    rows[i]->next_token = rows[i]->sampler.Sample(result.entries[i].values);
+  StepResult result;
+};
+
+// One token for each row of `pass`.
+absl::Status DecodeStep(Engine* engine, Pass* pass, Measurement* measurement) {
+  NESTOR_RETURN_IF_ERROR(CheckedStep(engine, pass->plan, &pass->result, measurement));
+  for (size_t i = 0; i < pass->rows.size(); ++i) {
+    const StepResult::Entry& ran = pass->result.entries[i];
+    ++measurement->rows_by_level[ran.executed_level];
+    pass->rows[i]->next_token = pass->rows[i]->sampler.Sample(ran.values);
   }
   return absl::OkStatus();
 }
 
-// The rows of each pass of a step.
-std::vector<std::vector<Row*>> PassesOf(std::vector<Row>* rows, EngineTimer::Mix mix) {
+// The passes of a step. `rows` is borrowed.
+std::vector<Pass> PassesOf(std::vector<Row>* rows, EngineTimer::Mix mix) {
+  LevelSet may_run = 0;
+  if (mix == EngineTimer::Mix::kEngineChooses) {
+    for (const Row& row : *rows) may_run |= SetOf(row.level);
+  }
   const bool in_one_pass = mix != EngineTimer::Mix::kPassPerLevel;
-  std::map<int, std::vector<Row*>> passes;
-  for (Row& row : *rows) passes[in_one_pass ? 0 : row.level].push_back(&row);
-  std::vector<std::vector<Row*>> list;
+  std::map<int, Pass> passes;
+  for (Row& row : *rows) {
+    Pass& pass = passes[in_one_pass ? 0 : row.level];
+    pass.rows.push_back(&row);
+    pass.plan.entries.push_back({.sequence = row.sequence,
+                                 .tokens = {&row.next_token, 1},
+                                 .level = row.level,
+                                 .may_run = may_run,
+                                 .output = StepEntry::Output::kLastLogits,
+                                 .targets = {}});
+  }
+  std::vector<Pass> list;
   for (auto& [level, pass] : passes) list.push_back(std::move(pass));
   return list;
 }
@@ -129,7 +137,8 @@ absl::Status EmbedStep(Engine* engine, int level, std::span<const std::vector<in
                             .output = StepEntry::Output::kEmbedding,
                             .targets = {}});
   }
-  return CheckedStep(engine, plan, measurement).status();
+  StepResult result;
+  return CheckedStep(engine, plan, &result, measurement);
 }
 
 void Add(const SpeculativeRound& round, SpeculationMeasurement* measurement) {
@@ -206,11 +215,11 @@ absl::StatusOr<Measurement> EngineTimer::Decode(const DecodeShape& shape) {
     row.next_token = row.sampler.Sample(result.entries[0].values);
     rows.push_back(std::move(row));
   }
-  const std::vector<std::vector<Row*>> passes = PassesOf(&rows, shape.mix);
+  std::vector<Pass> passes = PassesOf(&rows, shape.mix);
   const auto start = std::chrono::steady_clock::now();
   for (int64_t step = 0; step < shape.steps; ++step) {
-    for (const std::vector<Row*>& pass : passes) {
-      NESTOR_RETURN_IF_ERROR(DecodeStep(engine_, pass, shape.mix, &measurement));
+    for (Pass& pass : passes) {
+      NESTOR_RETURN_IF_ERROR(DecodeStep(engine_, &pass, &measurement));
     }
   }
   measurement.seconds = SecondsSince(start);

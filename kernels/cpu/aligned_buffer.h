@@ -1,10 +1,8 @@
 #pragma once
 
 #include <cstdint>
-#include <cstdlib>
 #include <memory>
-
-#include "base/check.h"
+#include <new>
 
 namespace nestor {
 
@@ -15,9 +13,7 @@ class AlignedBuffer {
  public:
   void GrowTo(int64_t size) {
     if (size <= size_) return;
-    const int64_t bytes = (size * static_cast<int64_t>(sizeof(T)) + kLine - 1) / kLine * kLine;
-    data_.reset(static_cast<T*>(std::aligned_alloc(kLine, bytes)));
-    NESTOR_CHECK(data_ != nullptr);
+    data_.reset(static_cast<T*>(::operator new(static_cast<size_t>(size) * sizeof(T), kLine)));
     size_ = size;
     std::uninitialized_value_construct_n(data_.get(), size);
   }
@@ -25,9 +21,9 @@ class AlignedBuffer {
   const T* data() const { return data_.get(); }
 
  private:
-  static constexpr int64_t kLine = 64;
+  static constexpr std::align_val_t kLine{64};
   struct Free {
-    void operator()(T* data) const { std::free(data); }
+    void operator()(T* data) const { ::operator delete(data, kLine); }
   };
   std::unique_ptr<T[], Free> data_;
   int64_t size_ = 0;

@@ -78,18 +78,20 @@ void AttentionRunner::PrepareScratch(const AttentionCall& call) {
   rows_per_block_ = std::max<int64_t>(1, kQueriesPerBlock / heads_per_kv_head);
   const int64_t queries = rows_per_block_ * heads_per_kv_head;
   int64_t max_keys = 0;
+  int64_t max_reserved = 0;  // keys that a sequence has room for
   own_total_ = 0;
   GrowTo(&own_offsets_, call.sequences.size());
   for (size_t s = 0; s < call.sequences.size(); ++s) {
     const SequenceRows& sequence = call.sequences[s];
     max_keys = std::max(max_keys, sequence.position + sequence.rows - FirstPosition(sequence));
+    max_reserved =
+        std::max(max_reserved, static_cast<int64_t>(sequence.pages.size()) * shape_.page_size);
     own_offsets_[s] = own_total_;
     own_total_ += RoundUp8(sequence.rows);
   }
   score_stride_ = RoundUp8(max_keys) + 8;
-  // Grown by powers of two, since the context grows with every step.
-  int64_t capacity = 1024;
-  while (capacity < score_stride_) capacity *= 2;
+  // Room for what the sequences may grow to, so that a step that only goes on does not allocate.
+  const int64_t capacity = std::max(score_stride_, RoundUp8(max_reserved) + 8);
   for (ThreadState& thread : threads_) {
     thread.queries.GrowTo(queries * padded_dim_);
     thread.sums.GrowTo(queries * padded_dim_);

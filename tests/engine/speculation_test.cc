@@ -6,13 +6,11 @@
 #include <utility>
 #include <vector>
 
-#include "base/file.h"
-#include "compress/pipeline.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "tests/testing/temporary_directory.h"
-#include "tests/testing/tiny_checkpoint.h"
+#include "tests/testing/tiny_nested_model.h"
 
 namespace nestor {
 namespace {
@@ -22,39 +20,13 @@ using Output = StepEntry::Output;
 
 absl::StatusOr<std::unique_ptr<Backend>> MakeCpu() { return MakeCpuBackend({.num_threads = 2}); }
 
-std::string RandomText(int lines, uint64_t seed) {
-  std::mt19937_64 random(seed);
-  std::string text;
-  for (int i = 0; i < lines; ++i) {
-    for (int letter = 0; letter < 24; ++letter) text += static_cast<char>('a' + random() % 26);
-    text += '\n';
-  }
-  return text;
-}
-
 // A tiny model with residual and prefix levels, on the CPU: the real arithmetic.
 class SpeculationTest : public ::testing::Test {
  protected:
   static void SetUpTestSuite() {
     directory_ = std::make_unique<TemporaryDirectory>();
-    const std::string path = directory_->path();
-    ASSERT_TRUE(WriteTinyLlama(path + "/llama").ok());
-    ASSERT_TRUE(WriteFileAtomically(path + "/text.txt", RandomText(400, 1)).ok());
-    CompressOptions options;
-    options.source = path + "/llama";
-    options.output = path + "/nested";
-    options.levels = 4;
-    options.max_residual_rank = 16;
-    options.corpus.calibration_paths = {path + "/text.txt"};
-    options.corpus.evaluation_path = path + "/text.txt";
-    options.corpus.calibration_tokens = 2560;
-    options.evaluation_tokens = 512;
-    options.self_sample_tokens = 0;
-    options.threads = 2;
-    options.make_backend = MakeCpu;
-    const auto compressed = Compress(options);
-    ASSERT_TRUE(compressed.ok()) << compressed.status();
-    auto model = NestedModel::Open(options.output);
+    ASSERT_TRUE(WriteTinyNestedModel(directory_->path()).ok());
+    auto model = NestedModel::Open(directory_->path() + "/nested");
     ASSERT_TRUE(model.ok()) << model.status();
     auto engine = Engine::Create(*std::move(model), *MakeCpu(), {.max_sequences = 4});
     ASSERT_TRUE(engine.ok()) << engine.status();

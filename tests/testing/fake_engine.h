@@ -83,7 +83,7 @@ class FakeEngine : public Engine {
   void Truncate(SequenceId sequence, int64_t length) override;
   int64_t free_pages() const override { return free_pages_; }
   int64_t num_pages() const override { return options_.num_pages; }
-  absl::StatusOr<StepResult> Step(const StepPlan& plan) override;
+  absl::Status Step(const StepPlan& plan, StepResult* result) override;
   void SetObserver(LinearInputObserver*) override {}
 
   // What a server is told of it: level i of n costs (i + 1) / n and has quality 1 - (n - 1 - i)
