@@ -12,6 +12,7 @@ RunningTask::RunningTask(TaskId id, std::unique_ptr<Task> task, SequenceId seque
   if (task_->kind != TaskKind::kGenerate) return;
   generation_ = std::make_unique<Generation>(Generation{
       Sampler(task_->sampling), StreamingDecoder(tokenizer), StopMatcher(task_->stops), {}});
+  generation_->tokens.reserve(static_cast<size_t>(task_->max_tokens));
   generation_->sampler.AddContext(task_->tokens);
 }
 

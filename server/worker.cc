@@ -28,14 +28,6 @@ double KvCacheUsage(const Engine& engine) {
   return 1 - static_cast<double>(engine.free_pages()) / static_cast<double>(engine.num_pages());
 }
 
-// The rows of a step by the level that they ran at, which may be above the one decided on.
-std::vector<int64_t> ExecutedRows(const StepDecision& decision, const StepResult& result) {
-  std::vector<int64_t> rows(decision.rows_by_level.size(), 0);
-  for (size_t i = 0; i < decision.entries.size(); ++i)
-    rows[result.entries[i].executed_level] += decision.entries[i].rows;
-  return rows;
-}
-
 }  // namespace
 
 Worker::Worker(std::unique_ptr<Engine> engine, Ladder ladder, CostModel cost_model,
@@ -47,6 +39,10 @@ Worker::Worker(std::unique_ptr<Engine> engine, Ladder ladder, CostModel cost_mod
       cost_model_(std::move(cost_model)),
       speculation_(ladder_, options_.max_drafts),
       round_(engine_.get()),
+      snapshot_{.tasks = {},
+                .limits = options_.limits,
+                .cost_model = &cost_model_,
+                .num_levels = ladder_.size()},
       end_interval_(kFirstEndInterval),
       last_end_(Clock::now()),
       thread_([this] { Run(); }) {}
@@ -233,7 +229,9 @@ void Worker::EndExpired(TimePoint now) {
     MutexLock lock(&mutex_);
     tasks = TakeWaiting(queue_.TakeExpired(now));
   }
-  EndWaiting(tasks, Failure::kDeadline, DeadlineStatus("in the queue"), FinishReason::kComplete);
+  if (!tasks.empty()) {
+    EndWaiting(tasks, Failure::kDeadline, DeadlineStatus("in the queue"), FinishReason::kComplete);
+  }
   for (auto next = running_.begin(); next != running_.end();) {
     RunningTask* task = (next++)->second.get();
     if (task->task().deadline <= now) {
@@ -274,54 +272,67 @@ void Worker::StartWaiting(TimePoint now) {
   }
 }
 
-bool Worker::RunStep() {
-  StepSnapshot snapshot = {.tasks = {},
-                           .limits = options_.limits,
-                           .cost_model = &cost_model_,
-                           .num_levels = ladder_.size()};
-  std::vector<RunningTask*> tasks;
+void Worker::TakeSnapshot() {
+  snapshot_.tasks.clear();
+  step_tasks_.clear();
   for (const auto& [id, task] : running_) {
     if (task->is_paused()) continue;
-    snapshot.tasks.push_back(task->View());
-    tasks.push_back(task.get());
+    snapshot_.tasks.push_back(task->View());
+    step_tasks_.push_back(task.get());
   }
-  if (tasks.empty()) return false;
+}
+
+int64_t Worker::FillPlan() {
+  plan_.entries.clear();
+  int64_t rows = 0;
+  for (const StepDecision::Entry& entry : decision_.entries) {
+    RunningTask* const task = step_tasks_[entry.task];
+    plan_.entries.push_back(task->Entry(entry.rows, entry.level));
+    for (const int level : task->task().sla.levels) plan_.entries.back().may_run |= SetOf(level);
+    rows += entry.rows;
+  }
+  return rows;
+}
+
+void Worker::CountExecutedRows() {
+  rows_by_level_.assign(ladder_.size(), 0);
+  for (size_t i = 0; i < decision_.entries.size(); ++i)
+    rows_by_level_[result_.entries[i].executed_level] += decision_.entries[i].rows;
+}
+
+bool Worker::RunStep() {
+  TakeSnapshot();
+  if (step_tasks_.empty()) return false;
   const TimePoint begin = Clock::now();
-  const StepDecision decision = PlanStep(snapshot, begin);
-  const bool is_single_stream = IsSingleStream(tasks);
+  PlanStep(snapshot_, begin, &decision_);
+  const bool is_single_stream = IsSingleStream();
   if (is_single_stream) {
-    const StepDecision::Entry& planned = decision.entries.front();
+    const StepDecision::Entry& planned = decision_.entries.front();
     // A round verifies as many rows as it may give tokens.
     const int64_t most_tokens =
-        std::min(snapshot.tasks.front().tokens_left, options_.limits.max_step_rows);
+        std::min(snapshot_.tasks.front().tokens_left, options_.limits.max_step_rows);
     const SpeculationChoice choice = speculation_.Choose(planned.level, most_tokens, cost_model_);
     if (choice.num_drafts > 0) {
-      RunRound(tasks.front(), planned, choice);
+      RunRound(step_tasks_.front(), planned, choice);
       return true;
     }
   }
-  StepPlan plan;
-  int64_t rows = 0;
-  for (const StepDecision::Entry& entry : decision.entries) {
-    plan.entries.push_back(tasks[entry.task]->Entry(entry.rows, entry.level));
-    for (const int level : tasks[entry.task]->task().sla.levels)
-      plan.entries.back().may_run |= SetOf(level);
-    rows += entry.rows;
-  }
-  const absl::StatusOr<StepResult> result = engine_->Step(plan);
-  if (!result.ok()) {
-    LogEvent(LogSeverity::kError, "step_failed", {{"error", result.status().ToString()}});
-    for (const StepDecision::Entry& entry : decision.entries) {
-      Fail(tasks[entry.task], Failure::kInternal, absl::InternalError(result.status().ToString()));
+  const int64_t rows = FillPlan();
+  const absl::Status status = engine_->Step(plan_, &result_);
+  if (!status.ok()) {
+    LogEvent(LogSeverity::kError, "step_failed", {{"error", status.ToString()}});
+    for (const StepDecision::Entry& entry : decision_.entries) {
+      Fail(step_tasks_[entry.task], Failure::kInternal, absl::InternalError(status.ToString()));
     }
     return true;
   }
   const Duration actual = Clock::now() - begin;
-  events_->OnStep({.rows = rows, .actual = actual, .predicted = decision.predicted});
-  cost_model_.Observe(ExecutedRows(decision, *result), actual);
-  ApplyResult(decision, tasks, *result);
+  events_->OnStep({.rows = rows, .actual = actual, .predicted = decision_.predicted});
+  CountExecutedRows();
+  cost_model_.Observe(rows_by_level_, actual);
+  ApplyResult();
   if (is_single_stream) {
-    speculation_.Observe({.verify_level = decision.entries.front().level,
+    speculation_.Observe({.verify_level = decision_.entries.front().level,
                           .num_tokens = 1,
                           .time = Clock::now() - begin},
                          cost_model_);
@@ -329,9 +340,10 @@ bool Worker::RunStep() {
   return true;
 }
 
-bool Worker::IsSingleStream(const std::vector<RunningTask*>& tasks) {
-  if (options_.max_drafts == 0 || running_.size() != 1 || tasks.size() != 1) return false;
-  if (!tasks.front()->is_decoding() || !tasks.front()->task().may_speculate) return false;
+bool Worker::IsSingleStream() {
+  if (options_.max_drafts == 0 || running_.size() != 1 || step_tasks_.size() != 1) return false;
+  const RunningTask& task = *step_tasks_.front();
+  if (!task.is_decoding() || !task.task().may_speculate) return false;
   MutexLock lock(&mutex_);
   return queue_.size() == 0;
 }
@@ -341,11 +353,12 @@ void Worker::RunRound(RunningTask* task, const StepDecision::Entry& planned,
   const TimePoint begin = Clock::now();
   const absl::Status status = round_.Run(task->RoundShape(choice, planned.level), task->sampler());
   for (const SpeculativeRound::RanStep& step : round_.steps()) {
-    std::vector<int64_t> rows_by_level(ladder_.size(), 0);
-    rows_by_level[static_cast<size_t>(step.level)] = step.rows;
-    events_->OnStep(
-        {.rows = step.rows, .actual = step.time, .predicted = cost_model_.Predict(rows_by_level)});
-    cost_model_.Observe(rows_by_level, step.time);
+    events_->OnStep({.rows = step.rows,
+                     .actual = step.time,
+                     .predicted = cost_model_.Predict(step.level, step.rows)});
+    rows_by_level_.assign(ladder_.size(), 0);
+    rows_by_level_[static_cast<size_t>(step.level)] = step.rows;
+    cost_model_.Observe(rows_by_level_, step.time);
   }
   if (!status.ok()) {
     LogEvent(LogSeverity::kError, "step_failed", {{"error", status.ToString()}});
@@ -378,15 +391,14 @@ void Worker::RunRound(RunningTask* task, const StepDecision::Entry& planned,
   Conclude(task, drawn, now);
 }
 
-void Worker::ApplyResult(const StepDecision& decision, const std::vector<RunningTask*>& tasks,
-                         const StepResult& result) {
+void Worker::ApplyResult() {
   const TimePoint now = Clock::now();
-  for (size_t i = 0; i < decision.entries.size(); ++i) {
-    StepDecision::Entry planned = decision.entries[i];
-    const StepResult::Entry& ran = result.entries[i];
-    if (ran.executed_level == tasks[planned.task]->task().sla.levels.front())
+  for (size_t i = 0; i < decision_.entries.size(); ++i) {
+    StepDecision::Entry planned = decision_.entries[i];
+    const StepResult::Entry& ran = result_.entries[i];
+    RunningTask* const task = step_tasks_[planned.task];
+    if (ran.executed_level == task->task().sla.levels.front())
       planned.degradation = Degradation::kNone;
-    RunningTask* task = tasks[planned.task];
     if (!ran.status.ok()) {
       FailNonFinite(task, planned.level, ran.status);
       continue;

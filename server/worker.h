@@ -83,10 +83,16 @@ class Worker {
   void StartWaiting(TimePoint now);
   // False where nothing can run now.
   bool RunStep();
-  void ApplyResult(const StepDecision& decision, const std::vector<RunningTask*>& tasks,
-                   const StepResult& result);
+  // Fills in snapshot_ and step_tasks_.
+  void TakeSnapshot();
+  // Fills in plan_ from decision_. Returns its number of rows.
+  int64_t FillPlan();
+  // Fills in rows_by_level_ with what ran, which may be above the level decided on.
+  void CountExecutedRows();
+  // Hands out what decision_ and result_ say.
+  void ApplyResult();
   // True where the only thing to do is to decode one generation, which may speculate.
-  bool IsSingleStream(const std::vector<RunningTask*>& tasks);
+  bool IsSingleStream();
   // Runs the step as a round of speculation.
   void RunRound(RunningTask* task, const StepDecision::Entry& planned,
                 const SpeculationChoice& choice);
@@ -121,6 +127,13 @@ class Worker {
   SpeculationPolicy speculation_;
   SpeculativeRound round_;
   std::map<TaskId, std::unique_ptr<RunningTask>> running_;
+  // The step in hand; kept so that a steady step does not allocate.
+  StepSnapshot snapshot_;
+  std::vector<RunningTask*> step_tasks_;  // as in snapshot_
+  StepDecision decision_;
+  StepPlan plan_;  // entry by entry as in decision_, like the next
+  StepResult result_;
+  std::vector<int64_t> rows_by_level_;  // that ran
 
   Mutex mutex_;
   CondVar has_news_;

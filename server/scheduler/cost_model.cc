@@ -81,6 +81,14 @@ Duration CostModel::Predict(std::span<const int64_t> rows_by_level) const {
   return DurationOfSeconds((pass + shared_rest + separate) * machine_factor_);
 }
 
+Duration CostModel::Predict(int level, int64_t rows) const {
+  NESTOR_CHECK(level >= 0 && level < static_cast<int>(curves_.size()));
+  if (rows == 0) return Duration::zero();
+  const Curve& curve = curves_[static_cast<size_t>(level)];
+  return DurationOfSeconds(SecondsAt(curve, rows) * curve.factors[RowClassOf(rows)] *
+                           machine_factor_);
+}
+
 void CostModel::Observe(std::span<const int64_t> rows_by_level, Duration actual) {
   const double predicted = SecondsOf(Predict(rows_by_level));
   const double seconds = SecondsOf(actual);

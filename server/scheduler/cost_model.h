@@ -28,6 +28,8 @@ class CostModel {
   void AddMeasurement(int level, int64_t rows, Duration time);
   // `rows_by_level[l]` rows run at level l. Zero where nothing has been measured yet.
   Duration Predict(std::span<const int64_t> rows_by_level) const;
+  // `rows` rows run, all at `level`.
+  Duration Predict(int level, int64_t rows) const;
   // A step of these rows took `actual`.
   void Observe(std::span<const int64_t> rows_by_level, Duration actual);
 

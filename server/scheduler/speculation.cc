@@ -10,6 +10,10 @@
 namespace nestor {
 namespace {
 
+double StepSeconds(int level, int64_t rows, const CostModel& cost_model) {
+  return SecondsOf(cost_model.Predict(level, rows));
+}
+
 // Below it a round is not worth the bursts in which its tokens come.
 constexpr double kLeastGain = 1.05;
 // Observations that an estimate remembers: a change of text is followed within two sentences.
@@ -54,12 +58,6 @@ double SpeculationPolicy::AcceptanceOf(int draft_level, int verify_level) const 
   const double prior =
       quality > 0 ? std::clamp(ladder_[draft].quality / quality, 0.0, kHighestPrior) : 0;
   return acceptance_[draft * ladder_.size() + verify].Value(prior, num_observed_);
-}
-
-double SpeculationPolicy::StepSeconds(int level, int64_t rows, const CostModel& cost_model) const {
-  std::vector<int64_t> rows_by_level(ladder_.size(), 0);
-  rows_by_level[static_cast<size_t>(level)] = rows;
-  return SecondsOf(cost_model.Predict(rows_by_level));
 }
 
 double SpeculationPolicy::RoundSeconds(int verify_level, const SpeculationChoice& choice,

@@ -73,8 +73,6 @@ class SpeculationPolicy {
     double gain = 0;
   };
 
-  // A step of `rows` rows at `level`.
-  double StepSeconds(int level, int64_t rows, const CostModel& cost_model) const;
   double RoundSeconds(int verify_level, const SpeculationChoice& choice,
                       const CostModel& cost_model) const;
   Estimate BestRound(int verify_level, int max_drafts, const CostModel& cost_model) const;

@@ -1,7 +1,6 @@
 #include "server/scheduler/step_planner.h"
 
 #include <algorithm>
-#include <numeric>
 
 namespace nestor {
 namespace {
@@ -11,51 +10,54 @@ constexpr double kFreeRaise = 1.01;
 
 using Entry = StepDecision::Entry;
 
-std::vector<size_t> InOrderOfService(const std::vector<TaskView>& tasks) {
-  std::vector<size_t> order(tasks.size());
-  std::iota(order.begin(), order.end(), size_t{0});
-  std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) {
-    if (tasks[a].sla->priority != tasks[b].sla->priority) {
-      return tasks[a].sla->priority < tasks[b].sla->priority;
-    }
-    return tasks[a].id < tasks[b].id;
-  });
-  return order;
+// Tasks that decode first; each kind by priority, then first come first served.
+bool RunsBefore(const TaskView& a, const TaskView& b) {
+  const bool decodes_a = a.prompt_left == 0;
+  const bool decodes_b = b.prompt_left == 0;
+  if (decodes_a != decodes_b) return decodes_a;
+  return a.sla->priority != b.sla->priority ? a.sla->priority < b.sla->priority : a.id < b.id;
 }
 
-std::vector<Entry> SelectRows(const StepSnapshot& snapshot) {
+void SelectRows(const StepSnapshot& snapshot, std::vector<Entry>* entries) {
   const StepLimits& limits = snapshot.limits;
-  const std::vector<size_t> order = InOrderOfService(snapshot.tasks);
-  std::vector<Entry> entries;
+  const std::vector<TaskView>& tasks = snapshot.tasks;
+  entries->clear();
+  for (size_t task = 0; task < tasks.size(); ++task) entries->push_back({.task = task});
+  std::sort(entries->begin(), entries->end(), [&](const Entry& a, const Entry& b) {
+    return RunsBefore(tasks[a.task], tasks[b.task]);
+  });
   int64_t rows_left = limits.max_step_rows;
-  for (const size_t task : order) {
-    if (snapshot.tasks[task].prompt_left > 0 || rows_left == 0) continue;
-    entries.push_back({.task = task, .rows = 1});
+  const auto first_prompt = std::find_if(entries->begin(), entries->end(), [&](const Entry& entry) {
+    return tasks[entry.task].prompt_left > 0;
+  });
+  for (auto entry = entries->begin(); entry != first_prompt && rows_left > 0; ++entry) {
+    entry->rows = 1;
     --rows_left;
   }
   int64_t prompt_rows_left =
       limits.splits_prompts ? std::min(limits.prefill_chunk, rows_left) : rows_left;
-  for (const size_t task : order) {
-    const int64_t wanted = snapshot.tasks[task].prompt_left;
-    if (wanted == 0 || prompt_rows_left == 0) continue;
+  for (auto entry = first_prompt; entry != entries->end() && prompt_rows_left > 0; ++entry) {
+    const int64_t wanted = tasks[entry->task].prompt_left;
     // A text that does not fit whole waits; being the oldest soon, it comes first then.
     if (!limits.splits_prompts && wanted > prompt_rows_left) continue;
-    const int64_t rows = std::min(wanted, prompt_rows_left);
-    entries.push_back({.task = task, .rows = rows});
-    prompt_rows_left -= rows;
+    entry->rows = std::min(wanted, prompt_rows_left);
+    prompt_rows_left -= entry->rows;
   }
-  return entries;
+  std::erase_if(*entries, [](const Entry& entry) { return entry.rows == 0; });
 }
 
 // Chooses the level of every entry, given the rest of the step.
 class LevelChooser {
  public:
-  LevelChooser(const StepSnapshot& snapshot, TimePoint now, std::vector<Entry>* entries)
+  LevelChooser(const StepSnapshot& snapshot, TimePoint now, StepDecision* decision)
       : snapshot_(snapshot),
         now_(now),
-        entries_(*entries),
-        rows_by_level_(snapshot.num_levels, 0),
-        decoding_by_level_(snapshot.num_levels, 0) {}
+        entries_(decision->entries),
+        rows_by_level_(decision->rows_by_level),
+        tasks_by_level_(decision->tasks_by_level) {
+    rows_by_level_.assign(snapshot.num_levels, 0);
+    tasks_by_level_.assign(snapshot.num_levels, 0);
+  }
 
   void Choose() {
     for (Entry& entry : entries_) {
@@ -69,16 +71,14 @@ class LevelChooser {
     Raise();
   }
 
-  const std::vector<int64_t>& rows_by_level() const { return rows_by_level_; }
-
  private:
   const Sla& SlaOf(const Entry& entry) const { return *snapshot_.tasks[entry.task].sla; }
 
-  // Counts the entry's rows at `level`, in this step and in the decode steps that follow, where
-  // every task of the step is taken to have one row. `sign` is 1 or -1.
+  // Counts the entry's rows at `level`, and its task, which is taken to have one row in the decode
+  // steps that follow. `sign` is 1 or -1.
   void Add(const Entry& entry, int level, int sign) {
     rows_by_level_[level] += sign * entry.rows;
-    decoding_by_level_[level] += sign;
+    tasks_by_level_[level] += sign;
   }
 
   void Move(Entry* entry, int level) {
@@ -107,7 +107,7 @@ class LevelChooser {
     const int64_t decode_steps = std::max<int64_t>(0, task.tokens_left - (is_prefill ? 1 : 0));
     const Duration decode = decode_steps == 0
                                 ? Duration::zero()
-                                : snapshot_.cost_model->Predict(decoding_by_level_) * decode_steps;
+                                : snapshot_.cost_model->Predict(tasks_by_level_) * decode_steps;
     return now_ + prefill + decode > task.arrival + *task.sla->latency_target
                ? Degradation::kLatencyTarget
                : Degradation::kNone;
@@ -115,9 +115,7 @@ class LevelChooser {
 
   // Alone in a step: what a level is worth does not hang on who else still runs at a slow one.
   Duration TimeAlone(const Entry& entry, int level) const {
-    std::vector<int64_t> rows(snapshot_.num_levels, 0);
-    rows[level] = entry.rows;
-    return snapshot_.cost_model->Predict(rows);
+    return snapshot_.cost_model->Predict(level, entry.rows);
   }
 
   void ChooseFor(Entry* entry) {
@@ -160,8 +158,8 @@ class LevelChooser {
   const StepSnapshot& snapshot_;
   const TimePoint now_;
   std::vector<Entry>& entries_;
-  std::vector<int64_t> rows_by_level_;
-  std::vector<int64_t> decoding_by_level_;
+  std::vector<int64_t>& rows_by_level_;
+  std::vector<int64_t>& tasks_by_level_;
 };
 
 }  // namespace
@@ -180,16 +178,12 @@ const char* NameOf(Degradation degradation) {
   return "";
 }
 
-StepDecision PlanStep(const StepSnapshot& snapshot, TimePoint now) {
-  StepDecision decision;
-  decision.entries = SelectRows(snapshot);
-  LevelChooser chooser(snapshot, now, &decision.entries);
-  chooser.Choose();
-  decision.rows_by_level = chooser.rows_by_level();
-  if (!decision.entries.empty()) {
-    decision.predicted = snapshot.cost_model->Predict(decision.rows_by_level);
-  }
-  return decision;
+void PlanStep(const StepSnapshot& snapshot, TimePoint now, StepDecision* decision) {
+  SelectRows(snapshot, &decision->entries);
+  LevelChooser(snapshot, now, decision).Choose();
+  decision->predicted = decision->entries.empty()
+                            ? Duration::zero()
+                            : snapshot.cost_model->Predict(decision->rows_by_level);
 }
 
 }  // namespace nestor

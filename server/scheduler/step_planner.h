@@ -51,11 +51,13 @@ struct StepDecision {
   };
   std::vector<Entry> entries;
   std::vector<int64_t> rows_by_level;
+  std::vector<int64_t> tasks_by_level;
   Duration predicted{};
 };
 
-// Plans one step; a pure function of its arguments. Who runs (select), at which level (choose),
-// and who may run better for nothing (raise) are decided in this order.
+// Plans one step; a pure function of the snapshot and `now`. Replaces what `decision` held, which
+// is kept from step to step so that planning does not allocate. Who runs (select), at which level
+// (choose), and who may run better for nothing (raise) are decided in this order.
 //
 //  select  every task that decodes has a row; prompts fill what is left, by priority and arrival.
 //  choose  the best allowed level whose predicted time meets the task's targets, given the rest of
@@ -63,6 +65,6 @@ struct StepDecision {
 //          their best level. Lower priorities choose first, so they give way first.
 //  raise   a task below its best level takes a better allowed one where that leaves the predicted
 //          time of the step as it is (a memory-bound pass costs what its largest level costs).
-StepDecision PlanStep(const StepSnapshot& snapshot, TimePoint now);
+void PlanStep(const StepSnapshot& snapshot, TimePoint now, StepDecision* decision);
 
 }  // namespace nestor

@@ -58,6 +58,17 @@ TEST(CostModelTest, PrefixLevelIsAPassOfItsOwn) {
   EXPECT_NEAR(MillisecondsOf(MeasuredModel().Predict(std::array<int64_t, 3>{1, 0, 1})), 6, 1e-5);
 }
 
+TEST(CostModelTest, RowsOfOneLevelAreAStepOfTheirOwn) {
+  CostModel model = MeasuredModel();
+  EXPECT_NEAR(MillisecondsOf(model.Predict(0, 16)), 7, 1e-5);
+  EXPECT_NEAR(MillisecondsOf(model.Predict(2, 1)), 2, 1e-5);
+  EXPECT_EQ(model.Predict(1, 0), Duration::zero());
+  model.Observe(std::array<int64_t, 3>{0, 4, 0}, milliseconds(30));
+  const double together = MillisecondsOf(model.Predict(std::array<int64_t, 3>{0, 5, 0}));
+  EXPECT_GT(together, 9);
+  EXPECT_NEAR(MillisecondsOf(model.Predict(1, 5)), together, 1e-5);
+}
+
 TEST(CostModelTest, LearnsThatAMachineGotSlower) {
   CostModel model = MeasuredModel();
   const std::array<int64_t, 3> rows = {1, 0, 0};

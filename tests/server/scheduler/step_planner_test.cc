@@ -56,7 +56,7 @@ class StepPlannerTest : public testing::Test {
 
   // The entry of each task, by index.
   std::map<size_t, StepDecision::Entry> Plan() {
-    decision_ = PlanStep(snapshot_, kNow);
+    PlanStep(snapshot_, kNow, &decision_);
     std::map<size_t, StepDecision::Entry> entries;
     for (const StepDecision::Entry& entry : decision_.entries) entries[entry.task] = entry;
     return entries;
