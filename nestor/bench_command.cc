@@ -31,6 +31,7 @@ constexpr int kMaxRows = 512;
 
 struct BenchFlags {
   int64_t threads = 0;
+  bool pin_threads = false;
   std::optional<std::string> instruction_set;
   std::optional<std::string> levels;
   std::string rows = "1,4,16";
@@ -49,6 +50,7 @@ struct BenchFlags {
 // The flags, checked against the model.
 struct BenchPlan {
   int threads = 1;
+  bool pin_threads = false;
   std::vector<int> levels;
   std::vector<int> rows;
   std::vector<int> mixed_rows;
@@ -107,6 +109,8 @@ struct BenchReport {
 
 void Declare(Flags* flags, BenchFlags* values) {
   flags->Add("threads", &values->threads, "threads; 0: as many as this process may use");
+  flags->Add("pin-threads", &values->pin_threads,
+             "pins every thread but the main one to a CPU of its own");
   flags->Add("instruction-set", &values->instruction_set,
              "portable, avx2, avx512 or avx512_bf16 (default: the best this machine has)");
   flags->Add("levels", &values->levels, "levels to measure, e.g. 0,3 (default: all)");
@@ -137,6 +141,7 @@ absl::StatusOr<BenchPlan> MakePlan(const BenchFlags& flags, const NestedModel& m
   const bool is_encoder = model.spec().is_encoder();
   BenchPlan plan = {
       .threads = flags.threads == 0 ? AvailableCpus() : static_cast<int>(flags.threads),
+      .pin_threads = flags.pin_threads,
       .levels = {},
       .rows = {},
       .batches = {},
@@ -335,9 +340,10 @@ absl::StatusOr<BenchReport> RunAll(const std::string& directory, const BenchFlag
   report.is_encoder = model->spec().is_encoder();
   report.plan = plan;
   const EngineOptions options = OptionsFor(plan, model->spec());
-  NESTOR_ASSIGN_OR_RETURN(
-      std::unique_ptr<Backend> backend,
-      MakeCpuBackend({.num_threads = plan.threads, .instruction_set = instruction_set}));
+  NESTOR_ASSIGN_OR_RETURN(std::unique_ptr<Backend> backend,
+                          MakeCpuBackend({.num_threads = plan.threads,
+                                          .pin_threads = plan.pin_threads,
+                                          .instruction_set = instruction_set}));
   NESTOR_ASSIGN_OR_RETURN(const std::unique_ptr<Engine> engine,
                           Engine::Create(std::move(model), std::move(backend), options));
   if (speculation) {
@@ -422,17 +428,12 @@ nlohmann::json ToJson(const BenchReport& report) {
   }
   nlohmann::json speculation;
   if (report.speculation) speculation = ToJson(*report.speculation);
-  return {{"model", report.model},
-          {"cpu", report.cpu},
-          {"threads", report.plan.threads},
-          {"read_gbps", report.read_gbps},
-          {"gemm_gflops", report.gemm_gflops},
-          {"rounds", report.plan.rounds},
-          {"decode", std::move(decode)},
-          {"prefill", std::move(prefill)},
-          {"embed", std::move(embed)},
-          {"mixed", std::move(mixed)},
-          {"speculation", std::move(speculation)}};
+  return {{"model", report.model},          {"cpu", report.cpu},
+          {"threads", report.plan.threads}, {"pin_threads", report.plan.pin_threads},
+          {"read_gbps", report.read_gbps},  {"gemm_gflops", report.gemm_gflops},
+          {"rounds", report.plan.rounds},   {"decode", std::move(decode)},
+          {"prefill", std::move(prefill)},  {"embed", std::move(embed)},
+          {"mixed", std::move(mixed)},      {"speculation", std::move(speculation)}};
 }
 
 // "0,3,6": each level once, in ascending order.

@@ -117,7 +117,8 @@ absl::StatusOr<std::unique_ptr<Engine>> LoadEngine(const ServerConfig& config) {
   NESTOR_ASSIGN_OR_RETURN(std::unique_ptr<NestedModel> model,
                           NestedModel::Open(config.model_directory));
   NESTOR_ASSIGN_OR_RETURN(std::unique_ptr<Backend> backend,
-                          MakeCpuBackend({.num_threads = static_cast<int>(config.device_threads)}));
+                          MakeCpuBackend({.num_threads = static_cast<int>(config.device_threads),
+                                          .pin_threads = config.device_pin_threads}));
   return Engine::Create(std::move(model), std::move(backend),
                         {.max_step_rows = config.engine_max_step_rows,
                          .kv_cache_bytes = KvCacheBytes(config),

@@ -50,6 +50,8 @@ class CpuBackend : public Backend {
         linear_(kernels, &pool_),
         attention_(kernels, &pool_) {}
 
+  absl::Status PinThreads();
+
   absl::StatusOr<LinearId> LoadLinear(const LinearWeights& weights) override;
   absl::StatusOr<VectorId> LoadVector(std::span<const float> values) override;
   absl::StatusOr<TableId> LoadTable(std::span<const float> values, int64_t rows,
@@ -103,6 +105,12 @@ class CpuBackend : public Backend {
   LinearRunner linear_;
   AttentionRunner attention_;
 };
+
+absl::Status CpuBackend::PinThreads() {
+  const absl::Status status = pool_.PinWorkers(AllowedCpus());
+  if (status.ok()) return status;
+  return absl::Status(status.code(), absl::StrCat("pin_threads: ", std::string(status.message())));
+}
 
 absl::StatusOr<LinearId> CpuBackend::LoadLinear(const LinearWeights& weights) {
   NESTOR_RETURN_IF_ERROR(ValidateLinearWeights(weights));
@@ -281,7 +289,9 @@ absl::StatusOr<std::unique_ptr<Backend>> MakeCpuBackend(const CpuOptions& option
                                                    InstructionSetName(best)));
   const CpuKernels& kernels = KernelsFor(chosen);
   const int num_threads = options.num_threads == 0 ? AvailableCpus() : options.num_threads;
-  return std::make_unique<CpuBackend>(&kernels, num_threads);
+  auto backend = std::make_unique<CpuBackend>(&kernels, num_threads);
+  if (options.pin_threads) NESTOR_RETURN_IF_ERROR(backend->PinThreads());
+  return backend;
 }
 
 }  // namespace nestor

@@ -13,6 +13,9 @@ struct CpuOptions {
   // Threads of the pool, the caller's included. 0: as many as the cgroup and the affinity mask
   // grant.
   int num_threads = 0;
+  // Pins every thread but the caller's to a CPU of its own, of those that the affinity mask and the
+  // cgroup's cpuset allow. More threads than CPUs are INVALID_ARGUMENT.
+  bool pin_threads = false;
   // Forces a lower instruction set than the machine's, for tests. Asking for more than the machine
   // has is INVALID_ARGUMENT.
   std::optional<CpuInstructionSet> instruction_set = std::nullopt;

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <vector>
 
 namespace nestor {
 
@@ -24,6 +25,9 @@ std::string DescribeCpu(CpuInstructionSet instruction_set);
 // CPUs this process may really use: the smaller of the affinity mask and the cgroup's quota,
 // rounded down (a pool wider than its quota is throttled as a whole) but at least 1.
 int AvailableCpus();
+// Numbers of the CPUs that this process may run on, ascending: the affinity mask, which the
+// cgroup's cpuset bounds.
+std::vector<int> AllowedCpus();
 // Bytes this process may use: the smaller of physical memory and the cgroup's limit.
 int64_t AvailableMemoryBytes();
 

@@ -1,8 +1,13 @@
 #include "kernels/cpu/thread_pool.h"
 
+#include <pthread.h>
+#include <sched.h>
+
 #include <algorithm>
 #include <chrono>
+#include <system_error>
 
+#include "absl/strings/str_cat.h"
 #include "base/check.h"
 
 namespace nestor {
@@ -46,6 +51,26 @@ ThreadPool::~ThreadPool() {
   }
   wake_.notify_all();
   for (std::thread& worker : workers_) worker.join();
+}
+
+absl::Status ThreadPool::PinWorkers(std::span<const int> cpus) {
+  if (cpus.size() < static_cast<size_t>(num_threads_)) {
+    return absl::InvalidArgumentError(absl::StrCat(num_threads_, " threads for the ", cpus.size(),
+                                                   " CPUs that this process may run on"));
+  }
+  for (int thread = 1; thread < num_threads_; ++thread) {
+    cpu_set_t mask;
+    CPU_ZERO(&mask);
+    CPU_SET(cpus[thread], &mask);
+    const int error =
+        pthread_setaffinity_np(workers_[thread - 1].native_handle(), sizeof(mask), &mask);
+    if (error != 0) {
+      return absl::FailedPreconditionError(absl::StrCat("cannot pin thread ", thread, " to CPU ",
+                                                        cpus[thread], ": ",
+                                                        std::generic_category().message(error)));
+    }
+  }
+  return absl::OkStatus();
 }
 
 void ThreadPool::Run(int64_t num_tasks, Task task) {

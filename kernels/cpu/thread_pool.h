@@ -4,10 +4,12 @@
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
+#include <span>
 #include <thread>
 #include <vector>
 
 #include "absl/functional/function_ref.h"
+#include "absl/status/status.h"
 
 namespace nestor {
 
@@ -31,6 +33,11 @@ class ThreadPool {
   ThreadPool& operator=(const ThreadPool&) = delete;
 
   int num_threads() const { return num_threads_; }
+
+  // Has worker i run on cpus[i] alone, 1 <= i < num_threads. cpus[0] is left to the caller, which
+  // is not pinned: every thread that it starts would be, too. INVALID_ARGUMENT where there are
+  // fewer CPUs than threads; FAILED_PRECONDITION names the CPU that the system refuses.
+  absl::Status PinWorkers(std::span<const int> cpus);
 
   // Calls task(i, thread) for every i in [0, num_tasks), `thread` in [0, num_threads) being unique
   // among those that run at the same time; the caller takes part as thread 0. Returns when all

@@ -60,6 +60,7 @@ const std::vector<Field>& Fields() {
       {"stream", "stall_limit_ms", Integer{&C::stream_stall_limit_ms, 1, kDay}},
       {"metrics", "listen", Address{&C::metrics_listen, true}},
       {"device", "threads", Integer{&C::device_threads, 0, 1024}},
+      {"device", "pin_threads", Switch{&C::device_pin_threads}},
       {"engine", "max_step_rows", Integer{&C::engine_max_step_rows, 1, 65536}},
       {"engine", "max_sequences", Integer{&C::engine_max_sequences, 1, 65536}},
       {"engine", "kv_cache_bytes", Integer{&C::engine_kv_cache_bytes, 0, kGigabyte << 14}},

@@ -25,6 +25,7 @@ struct ServerConfig {
   int64_t stream_stall_limit_ms = 10000;
   std::string metrics_listen = "0.0.0.0:9464";
   int64_t device_threads = 0;
+  bool device_pin_threads = false;
   int64_t engine_max_step_rows = 512;
   int64_t engine_max_sequences = 64;
   int64_t engine_kv_cache_bytes = 1073741824;

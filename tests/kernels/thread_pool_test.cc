@@ -1,5 +1,7 @@
 #include "kernels/cpu/thread_pool.h"
 
+#include <pthread.h>
+#include <sched.h>
 #include <sys/resource.h>
 
 #include <algorithm>
@@ -7,12 +9,19 @@
 #include <chrono>
 #include <condition_variable>
 #include <mutex>
+#include <string>
+#include <thread>
 #include <vector>
 
+#include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "kernels/cpu/cpu_backend.h"
+#include "kernels/cpu/cpu_info.h"
 
 namespace nestor {
 namespace {
+
+using ::testing::HasSubstr;
 
 TEST(ThreadPool, RunsEveryTaskOfEveryPhaseOnce) {
   for (const int threads : {1, 2, 3, 8}) {
@@ -62,6 +71,80 @@ TEST(ThreadPool, WorkersTakePart) {
     }
   });
   EXPECT_EQ(arrived, 2);
+}
+
+std::vector<int> CpusOfThisThread() {
+  cpu_set_t mask;
+  EXPECT_EQ(pthread_getaffinity_np(pthread_self(), sizeof(mask), &mask), 0);
+  std::vector<int> cpus;
+  for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+    if (CPU_ISSET(cpu, &mask)) cpus.push_back(cpu);
+  }
+  return cpus;
+}
+
+TEST(ThreadPool, PinnedWorkersRunWhereTheyShould) {
+  const std::vector<int> allowed = AllowedCpus();
+  if (allowed.size() < 2) GTEST_SKIP() << "one CPU";
+  const int threads = static_cast<int>(std::min<size_t>(allowed.size(), 4));
+  // From the last one down, so that an order by chance does not pass.
+  const std::vector<int> cpus(allowed.rbegin(), allowed.rend());
+  ThreadPool pool(threads);
+  const absl::Status pinned = pool.PinWorkers(cpus);
+  ASSERT_TRUE(pinned.ok()) << pinned;
+  std::vector<int> ran_on(threads, -1);
+  std::vector<std::vector<int>> masks(threads);
+  std::atomic<int> arrived{0};
+  // As many tasks as threads, which wait for each other: each thread has one.
+  pool.Run(threads, [&](int64_t, int thread) {
+    ++arrived;
+    while (arrived < threads) std::this_thread::yield();
+    ran_on[thread] = sched_getcpu();
+    masks[thread] = CpusOfThisThread();
+  });
+  for (int thread = 1; thread < threads; ++thread) {
+    EXPECT_EQ(ran_on[thread], cpus[thread]);
+    EXPECT_EQ(masks[thread], std::vector<int>{cpus[thread]});
+  }
+  EXPECT_EQ(masks[0], allowed);
+}
+
+TEST(ThreadPool, PinningSaysWhatItLacks) {
+  ThreadPool pool(3);
+  const std::vector<int> two = {0, 1};
+  const absl::Status too_few = pool.PinWorkers(two);
+  EXPECT_EQ(too_few.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(too_few.message()), HasSubstr("3 threads for the 2 CPUs"));
+  // CPU_SETSIZE - 1 is the highest number there is; no test machine has so many.
+  const std::vector<int> absent = {0, CPU_SETSIZE - 1, 0};
+  const absl::Status refused = pool.PinWorkers(absent);
+  EXPECT_EQ(refused.code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_THAT(std::string(refused.message()), HasSubstr("cannot pin thread 1 to CPU 1023"));
+}
+
+TEST(ThreadPool, ABackendPinsAsManyThreadsAsThereAreCpus) {
+  const int cpus = static_cast<int>(AllowedCpus().size());
+  EXPECT_TRUE(MakeCpuBackend({.num_threads = cpus, .pin_threads = true}).ok());
+  const absl::Status status =
+      MakeCpuBackend({.num_threads = cpus + 1, .pin_threads = true}).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(status.message()), HasSubstr("pin_threads: "));
+}
+
+TEST(ThreadPool, AllowedCpusAreThoseOfTheAffinityMask) {
+  const std::vector<int> before = AllowedCpus();
+  ASSERT_FALSE(before.empty());
+  std::vector<int> restricted;
+  // On a thread of its own, whose mask nobody inherits.
+  std::thread([&] {
+    cpu_set_t mask;
+    CPU_ZERO(&mask);
+    CPU_SET(before.back(), &mask);
+    ASSERT_EQ(pthread_setaffinity_np(pthread_self(), sizeof(mask), &mask), 0);
+    restricted = AllowedCpus();
+  }).join();
+  EXPECT_EQ(restricted, std::vector<int>{before.back()});
+  EXPECT_EQ(AllowedCpus(), before);
 }
 
 double CpuSeconds() {

@@ -65,6 +65,15 @@ TEST(ServerConfigTest, SwitchesAreTrueOrFalse) {
                     HasSubstr("speculation.max_draft: must be in [0, 8]; was 9")));
 }
 
+TEST(ServerConfigTest, ThreadsArePinnedByChoice) {
+  EXPECT_FALSE(ServerConfig().device_pin_threads);
+  const auto config = ParseConfig("device: {threads: 2, pin_threads: true}", "test.yaml");
+  ASSERT_TRUE(config.ok()) << config.status();
+  EXPECT_TRUE(config->device_pin_threads);
+  EXPECT_THAT(ErrorOf("device: {pin_threads: 1}"),
+              HasSubstr("device.pin_threads: must be true or false; was '1'"));
+}
+
 TEST(ServerConfigTest, KeysThatContradictEachOtherAreReported) {
   EXPECT_THAT(ErrorOf("engine: {max_sequences: 600}"), HasSubstr("engine.max_sequences"));
   EXPECT_THAT(ErrorOf("limits: {max_texts: 500}"), HasSubstr("limits.max_texts"));
