@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "kernels/cpu/factor_b_rows.h"
+#include "kernels/cpu/gemm_tiles_avx512.h"
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/kernels_avx512_elementwise.h"
 
@@ -40,10 +41,6 @@ inline __m512i Broadcast4(const int8_t* codes) {
 }
 
 // The first `outputs` <= 16 lanes.
-inline __mmask16 LanesOf(int64_t outputs) {
-  return static_cast<__mmask16>((1u << static_cast<unsigned>(outputs)) - 1u);
-}
-
 // ---- int8 activations ----
 
 void QuantiseGroup(const float* x, int8_t* codes, float* scale, int32_t* offset) {
@@ -527,13 +524,6 @@ void Int8GroupFromB(const int8_t* const* pairs, const uint16_t* scales, const ui
   WriteScales(_mm512_set1_ps(1.0f), group);
 }
 
-// out (+)= sums + bias in the lanes of `mask`.
-inline void Finish(__m512 sums, const float* bias, __mmask16 mask, bool adds, float* out) {
-  if (bias != nullptr) sums = _mm512_add_ps(sums, _mm512_maskz_loadu_ps(mask, bias));
-  if (adds) sums = _mm512_add_ps(sums, _mm512_maskz_loadu_ps(mask, out));
-  _mm512_mask_storeu_ps(out, mask, sums);
-}
-
 template <int T>
 void Int8GemmTile(const QuantisedRows& rows, int64_t first, int64_t groups, const uint8_t* panel,
                   const float* bias, float* out, int64_t out_stride, int64_t outputs, bool adds) {
@@ -565,14 +555,9 @@ void Int8GemmTile(const QuantisedRows& rows, int64_t first, int64_t groups, cons
 
 void Int8Gemm(const QuantisedRows& rows, int64_t num_rows, int64_t groups, const uint8_t* panel,
               const float* bias, float* out, int64_t out_stride, int64_t outputs, bool adds) {
-  using Tile = void (*)(const QuantisedRows&, int64_t, int64_t, const uint8_t*, const float*,
-                        float*, int64_t, int64_t, bool);
-  constexpr Tile kTiles[] = {Int8GemmTile<1>, Int8GemmTile<2>,  Int8GemmTile<3>,  Int8GemmTile<4>,
-                             Int8GemmTile<5>, Int8GemmTile<6>,  Int8GemmTile<7>,  Int8GemmTile<8>,
-                             Int8GemmTile<9>, Int8GemmTile<10>, Int8GemmTile<11>, Int8GemmTile<12>};
-  for (int64_t t = 0; t < num_rows; t += 12) {
-    kTiles[Min(12, num_rows - t) - 1](rows, t, groups, panel, bias, out, out_stride, outputs, adds);
-  }
+  ForEachTile(num_rows, [&](auto tile, int64_t t) {
+    Int8GemmTile<tile.kRows>(rows, t, groups, panel, bias, out, out_stride, outputs, adds);
+  });
 }
 
 // ---- many rows in fp32 ----
@@ -596,15 +581,10 @@ void GemmTile(const float* x, int64_t x_stride, int64_t depth, const float* pane
 
 void Gemm(const float* x, int64_t x_stride, int64_t rows, int64_t depth, const float* panel,
           const float* bias, float* out, int64_t out_stride, int64_t outputs, bool adds) {
-  using Tile = void (*)(const float*, int64_t, int64_t, const float*, const float*, float*, int64_t,
-                        int64_t, bool);
-  constexpr Tile kTiles[] = {GemmTile<1>, GemmTile<2>,  GemmTile<3>,  GemmTile<4>,
-                             GemmTile<5>, GemmTile<6>,  GemmTile<7>,  GemmTile<8>,
-                             GemmTile<9>, GemmTile<10>, GemmTile<11>, GemmTile<12>};
-  for (int64_t t = 0; t < rows; t += 12) {
-    kTiles[Min(12, rows - t) - 1](x + t * x_stride, x_stride, depth, panel, bias,
-                                  out + t * out_stride, out_stride, outputs, adds);
-  }
+  ForEachTile(rows, [&](auto tile, int64_t t) {
+    GemmTile<tile.kRows>(x + t * x_stride, x_stride, depth, panel, bias, out + t * out_stride,
+                         out_stride, outputs, adds);
+  });
 }
 
 // Components k and k + 1 of 16 outputs of a B panel, as floats.

@@ -5,16 +5,13 @@
 
 #include <cstdint>
 
+#include "kernels/cpu/gemm_tiles_avx512.h"
 #include "kernels/cpu/kernels.h"
 
 namespace nestor {
 namespace {
 
 int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
-
-inline __mmask16 LanesOf(int64_t outputs) {
-  return static_cast<__mmask16>((1u << static_cast<unsigned>(outputs)) - 1u);
-}
 
 void RoundRow(const float* x, int64_t n, uint16_t* out) {
   for (int64_t j = 0; j < n; j += 16) {
@@ -54,25 +51,15 @@ void GemmTile(const uint16_t* x, int64_t x_stride, int64_t depth, const uint16_t
   }
   const __mmask16 mask = LanesOf(outputs);
 #pragma GCC unroll 16
-  for (int t = 0; t < T; ++t) {
-    float* row = out + t * out_stride;
-    if (bias != nullptr) sums[t] = _mm512_add_ps(sums[t], _mm512_maskz_loadu_ps(mask, bias));
-    if (adds) sums[t] = _mm512_add_ps(sums[t], _mm512_maskz_loadu_ps(mask, row));
-    _mm512_mask_storeu_ps(row, mask, sums[t]);
-  }
+  for (int t = 0; t < T; ++t) Finish(sums[t], bias, mask, adds, out + t * out_stride);
 }
 
 void Gemm(const uint16_t* x, int64_t x_stride, int64_t rows, int64_t depth, const uint16_t* panel,
           const float* bias, float* out, int64_t out_stride, int64_t outputs, bool adds) {
-  using Tile = void (*)(const uint16_t*, int64_t, int64_t, const uint16_t*, const float*, float*,
-                        int64_t, int64_t, bool);
-  constexpr Tile kTiles[] = {GemmTile<1>, GemmTile<2>,  GemmTile<3>,  GemmTile<4>,
-                             GemmTile<5>, GemmTile<6>,  GemmTile<7>,  GemmTile<8>,
-                             GemmTile<9>, GemmTile<10>, GemmTile<11>, GemmTile<12>};
-  for (int64_t t = 0; t < rows; t += 12) {
-    kTiles[Min(12, rows - t) - 1](x + t * x_stride, x_stride, depth, panel, bias,
-                                  out + t * out_stride, out_stride, outputs, adds);
-  }
+  ForEachTile(rows, [&](auto tile, int64_t t) {
+    GemmTile<tile.kRows>(x + t * x_stride, x_stride, depth, panel, bias, out + t * out_stride,
+                         out_stride, outputs, adds);
+  });
 }
 
 CpuKernels MakeKernels() {
