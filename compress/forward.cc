@@ -63,9 +63,12 @@ absl::StatusOr<std::unique_ptr<Engine>> OpenEngine(std::unique_ptr<NestedModel> 
   EngineOptions options;
   options.max_step_rows = kWindowTokens;
   const ModelSpec& spec = model->spec();
-  const int64_t page_bytes = 2 * spec.num_blocks * spec.num_kv_heads * spec.head_dim *
-                             options.page_size * backend->kv_scalar_bytes();
-  options.kv_cache_bytes = (positions + options.page_size - 1) / options.page_size * page_bytes;
+  options.kv_cache_bytes =
+      backend->KvCacheBytes({.num_layers = spec.num_blocks,
+                             .num_kv_heads = spec.num_kv_heads,
+                             .head_dim = spec.head_dim,
+                             .page_size = options.page_size,
+                             .num_pages = (positions + options.page_size - 1) / options.page_size});
   return Engine::Create(std::move(model), std::move(backend), options);
 }
 

@@ -151,7 +151,9 @@ class RefittingBackend final : public Backend {
   LinearCost executed() const override { return inner_->executed(); }
   int64_t resident_weight_bytes() const override { return inner_->resident_weight_bytes(); }
   int64_t kv_cache_bytes() const override { return inner_->kv_cache_bytes(); }
-  int64_t kv_scalar_bytes() const override { return inner_->kv_scalar_bytes(); }
+  int64_t KvCacheBytes(const KvCacheShape& shape) const override {
+    return inner_->KvCacheBytes(shape);
+  }
 
  private:
   absl::Status RefitAndRun(const LinearCall& call) {
@@ -227,13 +229,16 @@ absl::Status RefitFactors(std::unique_ptr<NestedModel> artifact, const NestedMod
   NESTOR_ASSIGN_OR_RETURN(std::unique_ptr<Backend> inner, make_backend());
   EngineOptions engine_options{.max_step_rows = copies * CountTokens(sequences),
                                .max_sequences = copies * static_cast<int64_t>(sequences.size())};
-  int64_t positions = 0;  // in whole pages
+  int64_t pages = 0;
   for (const std::vector<int32_t>& sequence : sequences) {
     const int64_t size = static_cast<int64_t>(sequence.size()) + engine_options.page_size - 1;
-    positions += copies * (size / engine_options.page_size * engine_options.page_size);
+    pages += copies * (size / engine_options.page_size);
   }
-  engine_options.kv_cache_bytes = 2 * spec.num_blocks * spec.num_kv_heads * spec.head_dim *
-                                  positions * inner->kv_scalar_bytes();
+  engine_options.kv_cache_bytes = inner->KvCacheBytes({.num_layers = spec.num_blocks,
+                                                       .num_kv_heads = spec.num_kv_heads,
+                                                       .head_dim = spec.head_dim,
+                                                       .page_size = engine_options.page_size,
+                                                       .num_pages = pages});
   auto backend = std::make_unique<RefittingBackend>(std::move(inner), artifact.get(), &source,
                                                     &options, &keep, &progress);
   const RefittingBackend& refitting = *backend;

@@ -183,8 +183,12 @@ absl::Status TransformerEngine::Load() {
     max_sequence_length_ = std::min(max_sequence_length_, options_.max_step_rows);
     return absl::OkStatus();
   }
-  const int64_t page_bytes = 2 * spec.num_blocks * spec.num_kv_heads * spec.head_dim *
-                             options_.page_size * backend_->kv_scalar_bytes();
+  KvCacheShape shape = {.num_layers = spec.num_blocks,
+                        .num_kv_heads = spec.num_kv_heads,
+                        .head_dim = spec.head_dim,
+                        .page_size = options_.page_size,
+                        .num_pages = 1};
+  const int64_t page_bytes = backend_->KvCacheBytes(shape);
   const int64_t pages_of_context =
       (spec.context_length + options_.page_size - 1) / options_.page_size;
   const int64_t num_pages =
@@ -193,11 +197,8 @@ absl::Status TransformerEngine::Load() {
     return absl::ResourceExhaustedError(absl::StrCat("kv_cache_bytes: one page needs ", page_bytes,
                                                      " bytes; was ", options_.kv_cache_bytes));
   }
-  NESTOR_RETURN_IF_ERROR(backend_->AllocateKvCache({.num_layers = spec.num_blocks,
-                                                    .num_kv_heads = spec.num_kv_heads,
-                                                    .head_dim = spec.head_dim,
-                                                    .page_size = options_.page_size,
-                                                    .num_pages = num_pages}));
+  shape.num_pages = num_pages;
+  NESTOR_RETURN_IF_ERROR(backend_->AllocateKvCache(shape));
   pages_ = KvPages(num_pages, options_.page_size);
   max_sequence_length_ = std::min(max_sequence_length_, num_pages * options_.page_size);
   return absl::OkStatus();

@@ -188,8 +188,8 @@ class Backend {
   // What a step of `rows` costs, roughly: choices between two ways to run it rest on this, never a
   // result.
   virtual StepCosts step_costs(int64_t rows) const;
-  // Bytes of one scalar in the KV cache.
-  virtual int64_t kv_scalar_bytes() const { return sizeof(float); }
+  // Bytes that a KV cache of this shape takes.
+  virtual int64_t KvCacheBytes(const KvCacheShape& shape) const = 0;
 };
 
 }  // namespace nestor

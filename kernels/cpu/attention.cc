@@ -1,12 +1,20 @@
-// out = softmax(q k^T * scale) v. With few rows bound by the bytes of the cache, 8 * head_dim for
-// a position and kv head; with many by 4 * head_dim FLOPs for a query head and position.
+// out = softmax(q k^T * scale) v.
+//
+// Bound with few rows: bytes of the cache, 4 * head_dim (bf16) or 8 * head_dim (fp32) for a
+// position and kv head. With many: 4 * head_dim FLOPs for a query head and position, of which an
+// instruction does 64 (AVX-512 BF16), 32 or 16, and one 2^x for 4 * head_dim FLOPs, some 16
+// instructions for 16 of them.
 
 #include "kernels/cpu/attention.h"
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
+#include <numbers>
+#include <type_traits>
 
 #include "absl/strings/str_cat.h"
+#include "base/bfloat16.h"
 #include "base/check.h"
 #include "base/status_macros.h"
 #include "kernels/call_checks.h"
@@ -14,14 +22,16 @@
 namespace nestor {
 namespace {
 
-// Query vectors (rows times heads of a kv head) that share one pass over the keys: their scores
-// over 8,192 positions take 512 KB, and every tile of keys is read from the first-level cache.
-constexpr int64_t kQueriesPerBlock = 16;
-constexpr int kQueriesPerTile = 4;  // what the kernels take at once
+// Query vectors (rows times heads of a kv head) that share one pass over the keys: twice what the
+// widest kernels hold in registers, and with their scores and a tile of keys in bf16 28 KB.
+constexpr int64_t kQueriesPerItem = 24;
 // Multiply-adds below which waking the pool costs more than it saves.
 constexpr int64_t kMinParallelWork = 40000;
+// What kernels may read behind the last values.
+constexpr int64_t kReadBehind = 64;
 
-int64_t RoundUp8(int64_t value) { return (value + 7) / 8 * 8; }
+int64_t RoundUp(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+int64_t NumBlocks(int64_t positions) { return RoundUp(positions, kKeyBlock) / kKeyBlock; }
 
 template <typename T>
 void GrowTo(std::vector<T>* buffer, int64_t size) {
@@ -32,20 +42,50 @@ float* RowOf(const Tensor& tensor, int64_t row) {
   return static_cast<float*>(tensor.data) + row * tensor.cols;
 }
 
-// Floats of the keys and values of one layer in a page.
-int64_t LayerStride(const KvCacheShape& shape) {
-  const int64_t dim = RoundUp8(shape.head_dim);
-  return shape.num_kv_heads * dim * (RoundUp8(shape.page_size) + shape.page_size);
+int64_t BlockBytes(int64_t dim, KvCacheType type) {
+  return 2 * KeyBlockSize(dim) *
+         static_cast<int64_t>(type == KvCacheType::kFloat32 ? sizeof(float) : sizeof(uint16_t));
+}
+
+// Write the key or the value of one position, [dim], to its lane of a block.
+void StoreKey(const float* key, int64_t dim, int64_t lane, float* keys) {
+  for (int64_t d = 0; d < dim; ++d) keys[d * kKeyBlock + lane] = key[d];
+}
+
+void StoreKey(const float* key, int64_t dim, int64_t lane, uint16_t* keys) {
+  for (int64_t d = 0; d < dim; d += 2) {
+    uint16_t* pair = keys + d * kKeyBlock + 2 * lane;
+    pair[0] = Bfloat16FromFloat(key[d]);
+    pair[1] = Bfloat16FromFloat(key[d + 1]);
+  }
+}
+
+void StoreValue(const float* value, int64_t head_dim, int64_t dim, int64_t lane, float* values) {
+  values += lane * dim;
+  std::copy_n(value, head_dim, values);
+  std::fill(values + head_dim, values + dim, 0.0f);
+}
+
+void StoreValue(const float* value, int64_t head_dim, int64_t dim, int64_t lane, uint16_t* values) {
+  values += lane / 2 * 2 * dim + lane % 2;
+  for (int64_t d = 0; d < head_dim; ++d) values[2 * d] = Bfloat16FromFloat(value[d]);
+  for (int64_t d = head_dim; d < dim; ++d) values[2 * d] = 0;
 }
 
 }  // namespace
 
-AttentionRunner::AttentionRunner(const CpuKernels* kernels, ThreadPool* pool)
-    : kernels_(kernels), pool_(pool), threads_(pool->num_threads()) {}
+AttentionRunner::AttentionRunner(CpuInstructionSet instruction_set, KvCacheType type,
+                                 ThreadPool* pool)
+    : instruction_set_(instruction_set),
+      cache_type_(type),
+      pool_(pool),
+      type_(instruction_set == CpuInstructionSet::kAvx512Bf16 ? type : KvCacheType::kFloat32),
+      kernels_(&AttentionKernelsFor(instruction_set, type_)),
+      threads_(pool->num_threads()) {}
 
-int64_t AttentionRunner::CacheBytes(const KvCacheShape& shape) {
-  return shape.num_pages * shape.num_layers * LayerStride(shape) *
-         static_cast<int64_t>(sizeof(float));
+int64_t AttentionRunner::CacheBytes(const KvCacheShape& shape) const {
+  return shape.num_pages * shape.num_layers * shape.num_kv_heads * NumBlocks(shape.page_size) *
+         BlockBytes(RoundUp(shape.head_dim, 8), cache_type_);
 }
 
 absl::Status AttentionRunner::AllocateCache(const KvCacheShape& shape) {
@@ -56,10 +96,11 @@ absl::Status AttentionRunner::AllocateCache(const KvCacheShape& shape) {
         absl::StrCat("KV cache: every size must be positive; was layers ", shape.num_layers,
                      ", heads ", shape.num_kv_heads, ", head size ", shape.head_dim, ", page size ",
                      shape.page_size, ", pages ", shape.num_pages));
-  NESTOR_ASSIGN_OR_RETURN(cache_, MappedMemory::Map(CacheBytes(shape)));
+  NESTOR_ASSIGN_OR_RETURN(cache_, MappedMemory::Map(CacheBytes(shape) + kReadBehind));
+  cache_bytes_ = CacheBytes(shape);
   shape_ = shape;
-  layer_stride_ = LayerStride(shape);
-  page_stride_ = layer_stride_ * shape.num_layers;
+  type_ = cache_type_;
+  kernels_ = &AttentionKernelsFor(instruction_set_, type_);
   return absl::OkStatus();
 }
 
@@ -68,41 +109,32 @@ int64_t AttentionRunner::LimitOf(const AttentionCall& call, const SequenceRows& 
   return sequence.position + (call.causal ? row + 1 : sequence.rows);
 }
 
-int64_t AttentionRunner::FirstPosition(const SequenceRows& sequence) const {
-  return has_cache() ? 0 : sequence.position;
-}
+int64_t AttentionRunner::block_bytes() const { return BlockBytes(padded_dim_, type_); }
 
 void AttentionRunner::PrepareScratch(const AttentionCall& call) {
   const int64_t heads_per_kv_head = call.num_heads / call.num_kv_heads;
-  padded_dim_ = RoundUp8(call.head_dim);
-  rows_per_block_ = std::max<int64_t>(1, kQueriesPerBlock / heads_per_kv_head);
-  const int64_t queries = rows_per_block_ * heads_per_kv_head;
-  int64_t max_keys = 0;
-  int64_t max_reserved = 0;  // keys that a sequence has room for
-  own_total_ = 0;
-  GrowTo(&own_offsets_, call.sequences.size());
-  for (size_t s = 0; s < call.sequences.size(); ++s) {
-    const SequenceRows& sequence = call.sequences[s];
-    max_keys = std::max(max_keys, sequence.position + sequence.rows - FirstPosition(sequence));
-    max_reserved =
-        std::max(max_reserved, static_cast<int64_t>(sequence.pages.size()) * shape_.page_size);
-    own_offsets_[s] = own_total_;
-    own_total_ += RoundUp8(sequence.rows);
-  }
-  score_stride_ = RoundUp8(max_keys) + 8;
-  // Room for what the sequences may grow to, so that a step that only goes on does not allocate.
-  const int64_t capacity = std::max(score_stride_, RoundUp8(max_reserved) + 8);
+  padded_dim_ = RoundUp(call.head_dim, 8);
+  sum_stride_ = RoundUp(call.head_dim, 16);
+  rows_per_item_ = std::max<int64_t>(1, kQueriesPerItem / heads_per_kv_head);
+  const int64_t queries = rows_per_item_ * heads_per_kv_head;
   for (ThreadState& thread : threads_) {
     thread.queries.GrowTo(queries * padded_dim_);
-    thread.sums.GrowTo(queries * padded_dim_);
-    thread.inverses.GrowTo(queries);
-    thread.scores.GrowTo(queries * capacity);
+    thread.rounded_queries.GrowTo(queries * padded_dim_);
+    thread.limits.GrowTo(queries);
+    thread.scores.GrowTo(queries * kTileKeys);
+    thread.maxima.GrowTo(queries);
+    thread.totals.GrowTo(queries);
+    thread.sums.GrowTo(queries * sum_stride_);
     thread.key.GrowTo(padded_dim_);
   }
-  if (!has_cache()) {
-    own_keys_.GrowTo(call.num_kv_heads * padded_dim_ * own_total_);
-    own_values_.GrowTo(call.num_kv_heads * padded_dim_ * own_total_);
+  if (has_cache()) return;
+  int64_t blocks = 0;
+  GrowTo(&own_blocks_, call.sequences.size());
+  for (size_t s = 0; s < call.sequences.size(); ++s) {
+    own_blocks_[s] = blocks;
+    blocks += call.num_kv_heads * NumBlocks(call.sequences[s].rows);
   }
+  own_keys_.GrowTo(blocks * block_bytes() + kReadBehind);
 }
 
 void AttentionRunner::PrepareRotations(const AttentionCall& call,
@@ -142,49 +174,46 @@ void AttentionRunner::PlanWork(const AttentionCall& call) {
   stores_first_ = false;
   for (size_t s = 0; s < call.sequences.size(); ++s) {
     const SequenceRows& sequence = call.sequences[s];
-    // Several blocks read what each of them stores.
-    stores_first_ = stores_first_ || sequence.rows > rows_per_block_;
+    // Several items read what each of them stores.
+    stores_first_ = stores_first_ || sequence.rows > rows_per_item_;
     // By rows first: a thread's share is then about the rows that it has in the linear layers.
-    for (int64_t row = 0; row < sequence.rows; row += rows_per_block_) {
+    for (int64_t row = 0; row < sequence.rows; row += rows_per_item_) {
       for (int64_t head = 0; head < call.num_kv_heads; ++head) {
         items_.push_back({.sequence = static_cast<int64_t>(s),
                           .kv_head = head,
                           .row = row,
-                          .rows = std::min(rows_per_block_, sequence.rows - row)});
+                          .rows = std::min(rows_per_item_, sequence.rows - row)});
       }
     }
   }
 }
 
-AttentionRunner::Tile AttentionRunner::TileAt(const AttentionCall& call, int64_t sequence,
-                                              int64_t kv_head, int64_t position, int64_t end) {
-  const SequenceRows& rows = call.sequences[sequence];
-  if (!has_cache()) {
-    // All heads of a sequence together: rows of keys as long as the whole step would fall into few
-    // sets of the cache.
-    const int64_t stride = RoundUp8(rows.rows);
-    const int64_t offset =
-        (own_offsets_[sequence] * call.num_kv_heads + kv_head * stride) * padded_dim_;
-    return {.keys = own_keys_.data() + offset,
-            .key_stride = stride,
-            .values = own_values_.data() + offset,
-            .begin = rows.position,
-            .count = end - rows.position};
+KeyBlock AttentionRunner::BlockAt(const AttentionCall& call, const WorkItem& item, int64_t index,
+                                  int64_t end) {
+  const SequenceRows& sequence = call.sequences[item.sequence];
+  const int64_t page_size = has_cache() ? shape_.page_size : sequence.rows;
+  const int64_t blocks_of_page = NumBlocks(page_size);
+  const int64_t page_index = index / blocks_of_page;
+  const int64_t block = index % blocks_of_page;
+  std::byte* head = nullptr;
+  if (has_cache()) {
+    NESTOR_CHECK(page_index < static_cast<int64_t>(sequence.pages.size()));
+    const int64_t page = sequence.pages[page_index];
+    NESTOR_CHECK(page >= 0 && page < shape_.num_pages);
+    head = cache_.data() +
+           ((page * shape_.num_layers + call.layer) * shape_.num_kv_heads + item.kv_head) *
+               blocks_of_page * block_bytes();
+  } else {
+    head = own_keys_.data() +
+           (own_blocks_[item.sequence] + item.kv_head * blocks_of_page) * block_bytes();
   }
-  const auto index = static_cast<size_t>(position / shape_.page_size);
-  NESTOR_CHECK(index < rows.pages.size());
-  const int64_t page = rows.pages[index];
-  NESTOR_CHECK(page >= 0 && page < shape_.num_pages);
-  const int64_t key_stride = RoundUp8(shape_.page_size);
-  float* layer =
-      reinterpret_cast<float*>(cache_.data()) + page * page_stride_ + call.layer * layer_stride_;
-  float* values = layer + shape_.num_kv_heads * padded_dim_ * key_stride;
-  const int64_t begin = static_cast<int64_t>(index) * shape_.page_size;
-  return {.keys = layer + kv_head * padded_dim_ * key_stride,
-          .key_stride = key_stride,
-          .values = values + kv_head * shape_.page_size * padded_dim_,
+  std::byte* keys = head + block * block_bytes();
+  const int64_t begin = FirstPosition(sequence) + page_index * page_size + block * kKeyBlock;
+  const int64_t positions = std::min(kKeyBlock, page_size - block * kKeyBlock);
+  return {.keys = keys,
+          .values = keys + block_bytes() / 2,
           .begin = begin,
-          .count = std::min(shape_.page_size, end - begin)};
+          .positions = std::min(positions, end - begin)};
 }
 
 void AttentionRunner::Rotate(const AttentionCall& call, const float* head, int64_t row,
@@ -205,91 +234,102 @@ void AttentionRunner::Rotate(const AttentionCall& call, const float* head, int64
   std::fill(out + call.head_dim, out + padded_dim_, 0.0f);
 }
 
+template <typename Scalar>
 void AttentionRunner::Store(const AttentionCall& call, const WorkItem& item, ThreadState* state) {
   const SequenceRows& sequence = call.sequences[item.sequence];
   const int64_t end = sequence.position + sequence.rows;
+  const int64_t page_size = has_cache() ? shape_.page_size : sequence.rows;
   for (int64_t i = item.row; i < item.row + item.rows; ++i) {
     const int64_t row = sequence.row_begin + i;
     const int64_t position = sequence.position + i;
-    const Tile tile = TileAt(call, item.sequence, item.kv_head, position, end);
-    const int64_t slot = position - tile.begin;
-    Rotate(call, RowOf(call.k, row) + item.kv_head * call.head_dim, row, 1.0f, state->key.data());
-    const float* key = state->key.data();
-    for (int64_t d = 0; d < padded_dim_; ++d) tile.keys[d * tile.key_stride + slot] = key[d];
-    float* value = tile.values + slot * padded_dim_;
-    std::copy_n(RowOf(call.v, row) + item.kv_head * call.head_dim, call.head_dim, value);
-    std::fill(value + call.head_dim, value + padded_dim_, 0.0f);
+    const int64_t offset = position - FirstPosition(sequence);
+    const int64_t index =
+        offset / page_size * NumBlocks(page_size) + offset % page_size / kKeyBlock;
+    const KeyBlock block = BlockAt(call, item, index, end);
+    const int64_t lane = position - block.begin;
+    auto* values = static_cast<Scalar*>(block.values);
+    float* key = state->key.data();
+    Rotate(call, RowOf(call.k, row) + item.kv_head * call.head_dim, row, 1.0f, key);
+    StoreKey(key, padded_dim_, lane, static_cast<Scalar*>(block.keys));
+    const float* value = RowOf(call.v, row) + item.kv_head * call.head_dim;
+    StoreValue(value, call.head_dim, padded_dim_, lane, values);
+    // The second of a pair is multiplied by a weight of zero while there is no such position: it
+    // must not be a NaN that the page's last owner has left.
+    if (std::is_same_v<Scalar, uint16_t> && lane % 2 == 0 && lane + 1 == block.positions) {
+      std::fill_n(key, padded_dim_, 0.0f);
+      StoreValue(key, padded_dim_, padded_dim_, lane + 1, values);
+    }
   }
 }
 
 void AttentionRunner::LoadQueries(const AttentionCall& call, const WorkItem& item,
                                   ThreadState* state) {
   const int64_t heads = call.num_heads / call.num_kv_heads;
+  const SequenceRows& sequence = call.sequences[item.sequence];
+  const float factor = call.scale * std::numbers::log2e_v<float>;
   float* query = state->queries.data();
-  for (int64_t i = 0; i < item.rows; ++i) {
-    const int64_t row = call.sequences[item.sequence].row_begin + item.row + i;
+  int64_t* limit = state->limits.data();
+  for (int64_t i = item.row; i < item.row + item.rows; ++i) {
+    const int64_t row = sequence.row_begin + i;
     const float* q = RowOf(call.q, row) + item.kv_head * heads * call.head_dim;
-    for (int64_t head = 0; head < heads; ++head, query += padded_dim_)
-      Rotate(call, q + head * call.head_dim, row, call.scale, query);
+    for (int64_t head = 0; head < heads; ++head, query += padded_dim_) {
+      Rotate(call, q + head * call.head_dim, row, factor, query);
+      *limit++ = LimitOf(call, sequence, i);
+    }
   }
+  const int64_t queries = item.rows * heads;
+  if (kernels_->round_queries != nullptr) {
+    kernels_->round_queries(state->queries.data(), queries * padded_dim_,
+                            state->rounded_queries.data());
+  }
+  std::fill_n(state->maxima.data(), queries, -std::numeric_limits<float>::infinity());
+  std::fill_n(state->totals.data(), queries, 0.0f);
+  std::fill_n(state->sums.data(), queries * sum_stride_, 0.0f);
 }
 
-void AttentionRunner::ExponentiateScores(const AttentionCall& call, const WorkItem& item,
-                                         int64_t first, ThreadState* state) {
-  const SequenceRows& sequence = call.sequences[item.sequence];
+void AttentionRunner::WriteOutputs(const AttentionCall& call, const WorkItem& item,
+                                   const ThreadState& state) {
   const int64_t heads = call.num_heads / call.num_kv_heads;
-  const int64_t last = LimitOf(call, sequence, item.row + item.rows - 1) - first;
-  float* scores = state->scores.data();
-  float* sums = state->sums.data();
-  float* inverses = state->inverses.data();
+  const float* sums = state.sums.data();
+  const float* total = state.totals.data();
   for (int64_t i = 0; i < item.rows; ++i) {
-    const int64_t count = LimitOf(call, sequence, item.row + i) - first;
-    for (int64_t head = 0; head < heads; ++head, scores += score_stride_, sums += padded_dim_) {
-      *inverses++ = 1.0f / kernels_->softmax(scores, count, last);
-      std::fill_n(sums, padded_dim_, 0.0f);
+    const int64_t row = call.sequences[item.sequence].row_begin + item.row + i;
+    float* out = RowOf(call.out, row) + item.kv_head * heads * call.head_dim;
+    for (int64_t head = 0; head < heads; ++head, sums += sum_stride_, out += call.head_dim) {
+      const float inverse = 1.0f / *total++;
+      for (int64_t d = 0; d < call.head_dim; ++d) out[d] = sums[d] * inverse;
     }
   }
 }
 
 void AttentionRunner::Attend(const AttentionCall& call, const WorkItem& item, ThreadState* state) {
   const SequenceRows& sequence = call.sequences[item.sequence];
-  const int64_t heads = call.num_heads / call.num_kv_heads;
-  const int64_t queries = item.rows * heads;
-  const int64_t first = FirstPosition(sequence);
   const int64_t end = LimitOf(call, sequence, item.row + item.rows - 1);
   LoadQueries(call, item, state);
-  for (int64_t at = first; at < end;) {
-    const Tile tile = TileAt(call, item.sequence, item.kv_head, at, end);
-    for (int64_t i = 0; i < queries; i += kQueriesPerTile) {
-      kernels_->scores(state->queries.data() + i * padded_dim_,
-                       static_cast<int>(std::min<int64_t>(kQueriesPerTile, queries - i)),
-                       padded_dim_, tile.keys, tile.key_stride, tile.count,
-                       state->scores.data() + i * score_stride_ + tile.begin - first,
-                       score_stride_);
+  KeyBlock blocks[kTileBlocks];
+  AttentionTile tile = {.blocks = blocks,
+                        .dim = padded_dim_,
+                        .num_queries = item.rows * (call.num_heads / call.num_kv_heads),
+                        .queries = kernels_->round_queries != nullptr
+                                       ? static_cast<const void*>(state->rounded_queries.data())
+                                       : state->queries.data(),
+                        .limits = state->limits.data(),
+                        .scores = state->scores.data(),
+                        .maxima = state->maxima.data(),
+                        .totals = state->totals.data(),
+                        .sums = state->sums.data(),
+                        .sum_stride = sum_stride_};
+  int64_t position = FirstPosition(sequence);
+  for (int64_t index = 0; position < end;) {
+    tile.num_blocks = 0;
+    while (tile.num_blocks < kTileBlocks && position < end) {
+      const KeyBlock block = BlockAt(call, item, index++, end);
+      blocks[tile.num_blocks++] = block;
+      position = block.begin + block.positions;
     }
-    at += tile.count;
+    kernels_->attend(tile);
   }
-  ExponentiateScores(call, item, first, state);
-  for (int64_t at = first; at < end;) {
-    const Tile tile = TileAt(call, item.sequence, item.kv_head, at, end);
-    for (int64_t i = 0; i < queries; i += kQueriesPerTile) {
-      kernels_->weigh_values(
-          state->scores.data() + i * score_stride_ + tile.begin - first, score_stride_,
-          static_cast<int>(std::min<int64_t>(kQueriesPerTile, queries - i)), tile.values,
-          padded_dim_, tile.count, state->sums.data() + i * padded_dim_);
-    }
-    at += tile.count;
-  }
-  const float* sums = state->sums.data();
-  const float* inverses = state->inverses.data();
-  for (int64_t i = 0; i < item.rows; ++i) {
-    float* out =
-        RowOf(call.out, sequence.row_begin + item.row + i) + item.kv_head * heads * call.head_dim;
-    for (int64_t head = 0; head < heads; ++head, sums += padded_dim_, out += call.head_dim) {
-      const float inverse = *inverses++;
-      for (int64_t d = 0; d < call.head_dim; ++d) out[d] = sums[d] * inverse;
-    }
-  }
+  WriteOutputs(call, item, *state);
 }
 
 void AttentionRunner::Run(const AttentionCall& call, std::span<const float> inverse_frequencies) {
@@ -304,16 +344,18 @@ void AttentionRunner::Run(const AttentionCall& call, std::span<const float> inve
   int64_t work = 0;
   for (const SequenceRows& sequence : call.sequences)
     work += sequence.rows * (sequence.position + sequence.rows) * call.q.cols * 2;
+  const auto store = type_ == KvCacheType::kFloat32 ? &AttentionRunner::Store<float>
+                                                    : &AttentionRunner::Store<uint16_t>;
   const auto num_items = static_cast<int64_t>(items_.size());
   const int64_t items_per_task = work < kMinParallelWork ? std::max<int64_t>(num_items, 1) : 1;
   if (stores_first_) {
     pool_->RunRanges(num_items, items_per_task, [&](int64_t begin, int64_t end, int thread) {
-      for (int64_t i = begin; i < end; ++i) Store(call, items_[i], &threads_[thread]);
+      for (int64_t i = begin; i < end; ++i) (this->*store)(call, items_[i], &threads_[thread]);
     });
   }
   pool_->RunRanges(num_items, items_per_task, [&](int64_t begin, int64_t end, int thread) {
     for (int64_t i = begin; i < end; ++i) {
-      if (!stores_first_) Store(call, items_[i], &threads_[thread]);
+      if (!stores_first_) (this->*store)(call, items_[i], &threads_[thread]);
       Attend(call, items_[i], &threads_[thread]);
     }
   });

@@ -42,13 +42,13 @@ bool FitsBfloat16(std::span<const float> values) {
 
 class CpuBackend : public Backend {
  public:
-  CpuBackend(const CpuKernels* kernels, int num_threads)
+  CpuBackend(const CpuKernels* kernels, KvCacheType kv_cache_type, int num_threads)
       : kernels_(kernels),
         weights_(AvailableMemoryBytes()),
         activations_(AvailableMemoryBytes()),
         pool_(num_threads),
         linear_(kernels, &pool_),
-        attention_(kernels, &pool_) {}
+        attention_(kernels->instruction_set, kv_cache_type, &pool_) {}
 
   absl::Status PinThreads();
 
@@ -82,6 +82,9 @@ class CpuBackend : public Backend {
   LinearCost executed() const override { return linear_.executed(); }
   int64_t resident_weight_bytes() const override { return weights_.allocated_bytes(); }
   int64_t kv_cache_bytes() const override { return attention_.cache_bytes(); }
+  int64_t KvCacheBytes(const KvCacheShape& shape) const override {
+    return attention_.CacheBytes(shape);
+  }
 
  private:
   static float* Row(const Tensor& tensor, int64_t row) {
@@ -157,7 +160,7 @@ absl::StatusOr<Tensor> CpuBackend::Allocate(int64_t rows, int64_t cols) {
 }
 
 absl::Status CpuBackend::AllocateKvCache(const KvCacheShape& shape) {
-  const int64_t bytes = AttentionRunner::CacheBytes(shape);
+  const int64_t bytes = attention_.CacheBytes(shape);
   const int64_t available = weights_.limit_bytes() - weights_.allocated_bytes();
   if (bytes > available)
     return absl::ResourceExhaustedError(absl::StrCat(
@@ -289,7 +292,7 @@ absl::StatusOr<std::unique_ptr<Backend>> MakeCpuBackend(const CpuOptions& option
                                                    InstructionSetName(best)));
   const CpuKernels& kernels = KernelsFor(chosen);
   const int num_threads = options.num_threads == 0 ? AvailableCpus() : options.num_threads;
-  auto backend = std::make_unique<CpuBackend>(&kernels, num_threads);
+  auto backend = std::make_unique<CpuBackend>(&kernels, options.kv_cache_type, num_threads);
   if (options.pin_threads) NESTOR_RETURN_IF_ERROR(backend->PinThreads());
   return backend;
 }

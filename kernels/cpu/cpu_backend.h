@@ -6,6 +6,7 @@
 #include "absl/status/statusor.h"
 #include "kernels/backend.h"
 #include "kernels/cpu/cpu_info.h"
+#include "kernels/cpu/kv_cache_type.h"
 
 namespace nestor {
 
@@ -19,6 +20,7 @@ struct CpuOptions {
   // Forces a lower instruction set than the machine's, for tests. Asking for more than the machine
   // has is INVALID_ARGUMENT.
   std::optional<CpuInstructionSet> instruction_set = std::nullopt;
+  KvCacheType kv_cache_type = KvCacheType::kBfloat16;
 };
 
 // The CPU backend. Steps of up to 16 rows run integer kernels on int8 activations, and a row's

@@ -148,18 +148,6 @@ struct CpuKernels {
   void (*silu)(const float* x, const float* up, int64_t n, float* out);
   void (*gelu_erf)(const float* x, const float* up, int64_t n, float* out);
   void (*gelu_tanh)(const float* x, const float* up, int64_t n, float* out);
-
-  // Attention over one tile of keys; `dim` is a multiple of 8.
-  // s[i][key] = q[i] . key for i < num_queries <= 4; q is [num_queries][dim], keys are transposed,
-  // [dim][>= num_keys rounded up to 8], row stride `key_stride`; s is written up to a multiple
-  // of 8.
-  void (*scores)(const float* q, int num_queries, int64_t dim, const float* keys,
-                 int64_t key_stride, int64_t num_keys, float* s, int64_t s_stride);
-  // s[i] = exp(s[i] - max s) for i < n, 0 from there up to `padded_n`. Returns the sum.
-  float (*softmax)(float* s, int64_t n, int64_t padded_n);
-  // out[i] += sum over keys of p[i][key] * values[key]; out is [num_queries <= 4][dim].
-  void (*weigh_values)(const float* p, int64_t p_stride, int num_queries, const float* values,
-                       int64_t dim, int64_t num_keys, float* out);
 };
 
 // The kernel of an activation.

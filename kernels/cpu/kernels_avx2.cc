@@ -747,115 +747,6 @@ void GeluErf(const float* x, const float* up, int64_t n, float* out) {
   });
 }
 
-// ---- attention ----
-
-// T queries against V vectors of 8 keys.
-template <int T, int V>
-inline void ScoresTile(const float* q, int64_t dim, const float* keys, int64_t key_stride, float* s,
-                       int64_t s_stride) {
-  __m256 sums[T][V];
-#pragma GCC unroll 8
-  for (int t = 0; t < T; ++t) {
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) sums[t][v] = _mm256_setzero_ps();
-  }
-  for (int64_t d = 0; d < dim; ++d) {
-    __m256 k[V];
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) k[v] = _mm256_loadu_ps(keys + d * key_stride + 8 * v);
-#pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) {
-      const __m256 x = _mm256_broadcast_ss(q + t * dim + d);
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) sums[t][v] = _mm256_fmadd_ps(k[v], x, sums[t][v]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int t = 0; t < T; ++t) {
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) _mm256_storeu_ps(s + t * s_stride + 8 * v, sums[t][v]);
-  }
-}
-
-template <int T>
-void ScoresRows(const float* q, int64_t dim, const float* keys, int64_t key_stride,
-                int64_t num_keys, float* s, int64_t s_stride) {
-  int64_t key = 0;
-  for (; key + 8 < num_keys; key += 16)
-    ScoresTile<T, 2>(q, dim, keys + key, key_stride, s + key, s_stride);
-  if (key < num_keys) ScoresTile<T, 1>(q, dim, keys + key, key_stride, s + key, s_stride);
-}
-
-void Scores(const float* q, int num_queries, int64_t dim, const float* keys, int64_t key_stride,
-            int64_t num_keys, float* s, int64_t s_stride) {
-  if (num_queries == 4) ScoresRows<4>(q, dim, keys, key_stride, num_keys, s, s_stride);
-  if (num_queries == 3) ScoresRows<3>(q, dim, keys, key_stride, num_keys, s, s_stride);
-  if (num_queries == 2) ScoresRows<2>(q, dim, keys, key_stride, num_keys, s, s_stride);
-  if (num_queries == 1) ScoresRows<1>(q, dim, keys, key_stride, num_keys, s, s_stride);
-}
-
-float Softmax(float* s, int64_t n, int64_t padded_n) {
-  const __m256 lowest = _mm256_set1_ps(-__builtin_inff());
-  __m256 max = lowest;
-  for (int64_t i = 0; i < n; i += 8) {
-    const __m256 mask = _mm256_castsi256_ps(LaneMask(n - i));
-    max = _mm256_max_ps(_mm256_blendv_ps(lowest, _mm256_loadu_ps(s + i), mask), max);
-  }
-  const __m256 largest = _mm256_set1_ps(Max(max));
-  __m256 sum = _mm256_setzero_ps();
-  for (int64_t i = 0; i < n; i += 8) {
-    const __m256 mask = _mm256_castsi256_ps(LaneMask(n - i));
-    const __m256 e = _mm256_and_ps(Exp(_mm256_sub_ps(_mm256_loadu_ps(s + i), largest)), mask);
-    _mm256_storeu_ps(s + i, e);
-    sum = _mm256_add_ps(sum, e);
-  }
-  for (int64_t i = (n + 7) / 8 * 8; i < padded_n; ++i) s[i] = 0;
-  return Sum(sum);
-}
-
-template <int T, int V>
-inline void WeighTile(const float* p, int64_t p_stride, const float* values, int64_t dim,
-                      int64_t num_keys, float* out) {
-  __m256 sums[T][V];
-#pragma GCC unroll 8
-  for (int t = 0; t < T; ++t) {
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) sums[t][v] = _mm256_loadu_ps(out + t * dim + 8 * v);
-  }
-  for (int64_t key = 0; key < num_keys; ++key) {
-    __m256 x[V];
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) x[v] = _mm256_loadu_ps(values + key * dim + 8 * v);
-#pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) {
-      const __m256 weight = _mm256_broadcast_ss(p + t * p_stride + key);
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) sums[t][v] = _mm256_fmadd_ps(x[v], weight, sums[t][v]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int t = 0; t < T; ++t) {
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) _mm256_storeu_ps(out + t * dim + 8 * v, sums[t][v]);
-  }
-}
-
-template <int T>
-void WeighRows(const float* p, int64_t p_stride, const float* values, int64_t dim, int64_t num_keys,
-               float* out) {
-  int64_t d = 0;
-  for (; d + 16 <= dim; d += 16) WeighTile<T, 2>(p, p_stride, values + d, dim, num_keys, out + d);
-  if (d < dim) WeighTile<T, 1>(p, p_stride, values + d, dim, num_keys, out + d);
-}
-
-void WeighValues(const float* p, int64_t p_stride, int num_queries, const float* values,
-                 int64_t dim, int64_t num_keys, float* out) {
-  if (num_queries == 4) WeighRows<4>(p, p_stride, values, dim, num_keys, out);
-  if (num_queries == 3) WeighRows<3>(p, p_stride, values, dim, num_keys, out);
-  if (num_queries == 2) WeighRows<2>(p, p_stride, values, dim, num_keys, out);
-  if (num_queries == 1) WeighRows<1>(p, p_stride, values, dim, num_keys, out);
-}
-
 }  // namespace
 
 const CpuKernels& Avx2Kernels() {
@@ -876,10 +767,7 @@ const CpuKernels& Avx2Kernels() {
                                           .layer_norm = LayerNorm,
                                           .silu = Silu,
                                           .gelu_erf = GeluErf,
-                                          .gelu_tanh = GeluTanh,
-                                          .scores = Scores,
-                                          .softmax = Softmax,
-                                          .weigh_values = WeighValues};
+                                          .gelu_tanh = GeluTanh};
   return kKernels;
 }
 

@@ -257,38 +257,6 @@ void GeluTanh(const float* x, const float* up, int64_t n, float* out) {
   });
 }
 
-void Scores(const float* q, int num_queries, int64_t dim, const float* keys, int64_t key_stride,
-            int64_t num_keys, float* s, int64_t s_stride) {
-  const int64_t padded = (num_keys + 7) / 8 * 8;
-  for (int i = 0; i < num_queries; ++i) {
-    float* row = s + i * s_stride;
-    std::fill_n(row, padded, 0.0f);
-    for (int64_t d = 0; d < dim; ++d) {
-      for (int64_t key = 0; key < padded; ++key)
-        row[key] += q[i * dim + d] * keys[d * key_stride + key];
-    }
-  }
-}
-
-float Softmax(float* s, int64_t n, int64_t padded_n) {
-  float largest = s[0];
-  for (int64_t i = 1; i < n; ++i) largest = std::max(largest, s[i]);
-  float sum = 0;
-  for (int64_t i = 0; i < n; ++i) sum += s[i] = std::exp(s[i] - largest);
-  std::fill(s + n, s + padded_n, 0.0f);
-  return sum;
-}
-
-void WeighValues(const float* p, int64_t p_stride, int num_queries, const float* values,
-                 int64_t dim, int64_t num_keys, float* out) {
-  for (int i = 0; i < num_queries; ++i) {
-    for (int64_t key = 0; key < num_keys; ++key) {
-      const float weight = p[i * p_stride + key];
-      for (int64_t d = 0; d < dim; ++d) out[i * dim + d] += weight * values[key * dim + d];
-    }
-  }
-}
-
 }  // namespace
 
 const CpuKernels& PortableKernels() {
@@ -309,10 +277,7 @@ const CpuKernels& PortableKernels() {
                                           .layer_norm = LayerNorm,
                                           .silu = Silu,
                                           .gelu_erf = GeluErf,
-                                          .gelu_tanh = GeluTanh,
-                                          .scores = Scores,
-                                          .softmax = Softmax,
-                                          .weigh_values = WeighValues};
+                                          .gelu_tanh = GeluTanh};
   return kKernels;
 }
 

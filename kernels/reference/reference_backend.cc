@@ -161,7 +161,8 @@ class ReferenceBackend : public Backend {
 
   LinearCost executed() const override { return executed_; }
   int64_t resident_weight_bytes() const override { return weight_bytes_; }
-  int64_t kv_cache_bytes() const override;
+  int64_t kv_cache_bytes() const override { return KvCacheBytes(cache_shape_); }
+  int64_t KvCacheBytes(const KvCacheShape& shape) const override;
 
  private:
   static double* Row(const Tensor& tensor, int64_t row) {
@@ -252,9 +253,9 @@ absl::Status ReferenceBackend::AllocateKvCache(const KvCacheShape& shape) {
   return absl::OkStatus();
 }
 
-int64_t ReferenceBackend::kv_cache_bytes() const {
-  return cache_shape_.num_layers * cache_shape_.num_pages * cache_shape_.page_size * 2 *
-         cache_shape_.num_kv_heads * cache_shape_.head_dim * static_cast<int64_t>(sizeof(double));
+int64_t ReferenceBackend::KvCacheBytes(const KvCacheShape& shape) const {
+  return shape.num_layers * shape.num_pages * shape.page_size * 2 * shape.num_kv_heads *
+         shape.head_dim * static_cast<int64_t>(sizeof(double));
 }
 
 void ReferenceBackend::Embed(const EmbedCall& call) {

@@ -51,7 +51,8 @@ absl::StatusOr<std::unique_ptr<Backend>> MakeCpu() { return MakeCpuBackend({.num
 absl::StatusOr<std::unique_ptr<Backend>> MakeFp32Cpu() {
   return MakeCpuBackend(
       {.num_threads = 1,
-       .instruction_set = std::min(BestInstructionSet(), CpuInstructionSet::kAvx2)});
+       .instruction_set = std::min(BestInstructionSet(), CpuInstructionSet::kAvx2),
+       .kv_cache_type = KvCacheType::kFloat32});
 }
 
 class PipelineTest : public testing::Test {

@@ -27,8 +27,9 @@ std::vector<int32_t> RandomTokens(size_t count, uint32_t seed) {
   return tokens;
 }
 
-std::unique_ptr<Backend> CpuBackend() {
-  absl::StatusOr<std::unique_ptr<Backend>> backend = MakeCpuBackend({.num_threads = 2});
+std::unique_ptr<Backend> CpuBackend(KvCacheType kv_cache_type = KvCacheType::kBfloat16) {
+  absl::StatusOr<std::unique_ptr<Backend>> backend =
+      MakeCpuBackend({.num_threads = 2, .kv_cache_type = kv_cache_type});
   EXPECT_TRUE(backend.ok()) << backend.status();
   return *std::move(backend);
 }
@@ -78,7 +79,7 @@ class EngineTest : public ::testing::Test {
 
 TEST_F(EngineTest, CpuLogitsEqualTheReferences) {
   const auto reference = MakeEngine(directory_.path(), MakeReferenceBackend());
-  const auto cpu = MakeEngine(directory_.path(), CpuBackend());
+  const auto cpu = MakeEngine(directory_.path(), CpuBackend(KvCacheType::kFloat32));
   const std::vector<int32_t> tokens = RandomTokens(41, 1);
   EXPECT_LT(
       MaxDifference(LogitsAfter(reference.get(), tokens, 41), LogitsAfter(cpu.get(), tokens, 41)),
@@ -307,7 +308,7 @@ class EncoderTest : public ::testing::Test {
 
 TEST_F(EncoderTest, CpuEmbeddingsEqualTheReferences) {
   const auto reference = MakeEngine(directory_.path(), MakeReferenceBackend());
-  const auto cpu = MakeEngine(directory_.path(), CpuBackend());
+  const auto cpu = MakeEngine(directory_.path(), CpuBackend(KvCacheType::kFloat32));
   const std::vector<int32_t> tokens = *cpu->tokenizer().Encode("the quick brown fox", true);
   const std::vector<float> embedding = Embedding(cpu.get(), tokens);
   EXPECT_LT(MaxDifference(embedding, Embedding(reference.get(), tokens)), 1e-5);

@@ -25,7 +25,7 @@ std::unique_ptr<Engine> MakeEngine(const std::string& directory, bool uses_refer
   absl::StatusOr<std::unique_ptr<NestedModel>> model = NestedModel::Open(directory);
   EXPECT_TRUE(model.ok()) << model.status();
   absl::StatusOr<std::unique_ptr<Backend>> backend = MakeReferenceBackend();
-  if (!uses_reference) backend = MakeCpuBackend({});
+  if (!uses_reference) backend = MakeCpuBackend({.kv_cache_type = KvCacheType::kFloat32});
   EXPECT_TRUE(backend.ok()) << backend.status();
   absl::StatusOr<std::unique_ptr<Engine>> engine =
       Engine::Create(*std::move(model), *std::move(backend), {});

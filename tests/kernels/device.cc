@@ -14,8 +14,10 @@ Device Device::Reference(bool quantises_activations) {
   return Device(MakeReferenceBackend({.quantises_activations = quantises_activations}), true);
 }
 
-Device Device::Cpu(CpuInstructionSet instruction_set, int num_threads) {
-  auto backend = MakeCpuBackend({.num_threads = num_threads, .instruction_set = instruction_set});
+Device Device::Cpu(CpuInstructionSet instruction_set, int num_threads, KvCacheType kv_cache_type) {
+  auto backend = MakeCpuBackend({.num_threads = num_threads,
+                                 .instruction_set = instruction_set,
+                                 .kv_cache_type = kv_cache_type});
   NESTOR_CHECK(backend.ok());
   return Device(*std::move(backend), false);
 }

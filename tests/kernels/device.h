@@ -8,6 +8,7 @@
 
 #include "kernels/backend.h"
 #include "kernels/cpu/cpu_info.h"
+#include "kernels/cpu/kv_cache_type.h"
 
 namespace nestor {
 
@@ -15,7 +16,8 @@ namespace nestor {
 class Device {
  public:
   static Device Reference(bool quantises_activations);
-  static Device Cpu(CpuInstructionSet instruction_set, int num_threads);
+  static Device Cpu(CpuInstructionSet instruction_set, int num_threads,
+                    KvCacheType kv_cache_type = KvCacheType::kBfloat16);
 
   Backend* operator->() const { return backend_.get(); }
   // A tensor with these values, row-major.
