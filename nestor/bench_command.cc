@@ -33,6 +33,7 @@ struct BenchFlags {
   int64_t threads = 0;
   bool pin_threads = false;
   std::optional<std::string> instruction_set;
+  std::string kv_cache_type = "bf16";
   std::optional<std::string> levels;
   std::string rows = "1,4,16";
   std::string mixed_rows = "2,4,8,32";
@@ -113,6 +114,7 @@ void Declare(Flags* flags, BenchFlags* values) {
              "pins every thread but the main one to a CPU of its own");
   flags->Add("instruction-set", &values->instruction_set,
              "portable, avx2, avx512 or avx512_bf16 (default: the best this machine has)");
+  flags->Add("kv-cache-type", &values->kv_cache_type, "bf16 or fp32");
   flags->Add("levels", &values->levels, "levels to measure, e.g. 0,3 (default: all)");
   flags->Add("rows", &values->rows, "sequences that decode together");
   flags->Add("mixed-rows", &values->mixed_rows,
@@ -129,6 +131,12 @@ void Declare(Flags* flags, BenchFlags* values) {
              "measures speculative decoding instead: the dearest of the levels verifies");
   flags->Add("prompts", &values->prompts, "one prompt a line, - for stdin; needs --speculate");
   flags->Add("json", &values->json, "one object on stdout");
+}
+
+absl::StatusOr<KvCacheType> ParseKvCacheType(const std::string& name) {
+  if (name == "bf16") return KvCacheType::kBfloat16;
+  if (name == "fp32") return KvCacheType::kFloat32;
+  return UsageError(absl::StrCat("--kv-cache-type: ", name, ", expected bf16 or fp32"));
 }
 
 absl::Status CheckPositive(const char* name, int64_t value, int64_t max) {
@@ -329,6 +337,7 @@ absl::StatusOr<BenchReport> RunAll(const std::string& directory, const BenchFlag
                                      ", expected portable, avx2, avx512 or avx512_bf16"));
     }
   }
+  NESTOR_ASSIGN_OR_RETURN(const KvCacheType kv_cache_type, ParseKvCacheType(flags.kv_cache_type));
   NESTOR_ASSIGN_OR_RETURN(std::unique_ptr<NestedModel> model, NestedModel::Open(directory));
   NESTOR_ASSIGN_OR_RETURN(const BenchPlan plan, MakePlan(flags, *model));
   NESTOR_ASSIGN_OR_RETURN(const std::optional<SpeculationBenchOptions> speculation,
@@ -343,7 +352,8 @@ absl::StatusOr<BenchReport> RunAll(const std::string& directory, const BenchFlag
   NESTOR_ASSIGN_OR_RETURN(std::unique_ptr<Backend> backend,
                           MakeCpuBackend({.num_threads = plan.threads,
                                           .pin_threads = plan.pin_threads,
-                                          .instruction_set = instruction_set}));
+                                          .instruction_set = instruction_set,
+                                          .kv_cache_type = kv_cache_type}));
   NESTOR_ASSIGN_OR_RETURN(const std::unique_ptr<Engine> engine,
                           Engine::Create(std::move(model), std::move(backend), options));
   if (speculation) {

@@ -118,7 +118,10 @@ absl::StatusOr<std::unique_ptr<Engine>> LoadEngine(const ServerConfig& config) {
                           NestedModel::Open(config.model_directory));
   NESTOR_ASSIGN_OR_RETURN(std::unique_ptr<Backend> backend,
                           MakeCpuBackend({.num_threads = static_cast<int>(config.device_threads),
-                                          .pin_threads = config.device_pin_threads}));
+                                          .pin_threads = config.device_pin_threads,
+                                          .kv_cache_type = config.engine_kv_cache_type == "fp32"
+                                                               ? KvCacheType::kFloat32
+                                                               : KvCacheType::kBfloat16}));
   return Engine::Create(std::move(model), std::move(backend),
                         {.max_step_rows = config.engine_max_step_rows,
                          .kv_cache_bytes = KvCacheBytes(config),

@@ -4,6 +4,7 @@
 #include <set>
 #include <variant>
 
+#include "absl/algorithm/container.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
@@ -29,6 +30,12 @@ struct Text {
   std::string ServerConfig::*member;
 };
 
+// One of some words.
+struct Choice {
+  std::string ServerConfig::*member;
+  std::vector<std::string> words;
+};
+
 struct Switch {
   bool ServerConfig::*member;
 };
@@ -36,7 +43,7 @@ struct Switch {
 struct Field {
   const char* group;
   const char* key;
-  std::variant<Integer, Address, Text, Switch> value;
+  std::variant<Integer, Address, Text, Choice, Switch> value;
   std::string path() const { return absl::StrCat(group, ".", key); }
 };
 
@@ -64,6 +71,7 @@ const std::vector<Field>& Fields() {
       {"engine", "max_step_rows", Integer{&C::engine_max_step_rows, 1, 65536}},
       {"engine", "max_sequences", Integer{&C::engine_max_sequences, 1, 65536}},
       {"engine", "kv_cache_bytes", Integer{&C::engine_kv_cache_bytes, 0, kGigabyte << 14}},
+      {"engine", "kv_cache_type", Choice{&C::engine_kv_cache_type, {"bf16", "fp32"}}},
       {"engine", "page_size", Integer{&C::engine_page_size, 1, 1024}},
       {"scheduler", "max_queue", Integer{&C::scheduler_max_queue, 1, 1 << 20}},
       {"scheduler", "prefill_chunk", Integer{&C::scheduler_prefill_chunk, 1, 65536}},
@@ -100,6 +108,8 @@ std::optional<std::string> Set(const Field& field, const std::string& text, Serv
     config->*(integer->member) = value;
   } else if (const auto* address = std::get_if<Address>(&field.value)) {
     config->*(address->member) = text;
+  } else if (const auto* choice = std::get_if<Choice>(&field.value)) {
+    config->*(choice->member) = text;
   } else if (const auto* toggle = std::get_if<Switch>(&field.value)) {
     // YAML's own spellings, and no others.
     if (text != "true" && text != "false") {
@@ -124,6 +134,12 @@ std::optional<std::string> CheckRange(const Field& field, const ServerConfig& co
     if (IsAddress(value) || (value.empty() && address->may_be_empty)) return std::nullopt;
     return absl::StrCat(field.path(), ": must be ADDRESS:PORT",
                         address->may_be_empty ? ", or empty" : "", "; was '", value, "'");
+  }
+  if (const auto* choice = std::get_if<Choice>(&field.value)) {
+    const std::string& value = config.*(choice->member);
+    if (absl::c_linear_search(choice->words, value)) return std::nullopt;
+    return absl::StrCat(field.path(), ": must be ", absl::StrJoin(choice->words, " or "), "; was '",
+                        value, "'");
   }
   return std::nullopt;
 }
@@ -224,6 +240,8 @@ nlohmann::ordered_json ToJson(const ServerConfig& config) {
       json[field.path()] = config.*(integer->member);
     } else if (const auto* address = std::get_if<Address>(&field.value)) {
       json[field.path()] = config.*(address->member);
+    } else if (const auto* choice = std::get_if<Choice>(&field.value)) {
+      json[field.path()] = config.*(choice->member);
     } else if (const auto* toggle = std::get_if<Switch>(&field.value)) {
       json[field.path()] = config.*(toggle->member);
     } else {

@@ -74,6 +74,14 @@ TEST(ServerConfigTest, ThreadsArePinnedByChoice) {
               HasSubstr("device.pin_threads: must be true or false; was '1'"));
 }
 
+TEST(ServerConfigTest, TheTypeOfTheCacheIsOneOfTwo) {
+  const auto config = ParseConfig("engine: {kv_cache_type: fp32}", "test.yaml");
+  ASSERT_TRUE(config.ok()) << config.status();
+  EXPECT_EQ(config->engine_kv_cache_type, "fp32");
+  EXPECT_THAT(ErrorOf("engine: {kv_cache_type: fp16}"),
+              HasSubstr("engine.kv_cache_type: must be bf16 or fp32; was 'fp16'"));
+}
+
 TEST(ServerConfigTest, KeysThatContradictEachOtherAreReported) {
   EXPECT_THAT(ErrorOf("engine: {max_sequences: 600}"), HasSubstr("engine.max_sequences"));
   EXPECT_THAT(ErrorOf("limits: {max_texts: 500}"), HasSubstr("limits.max_texts"));
