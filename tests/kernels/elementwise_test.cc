@@ -105,12 +105,6 @@ TEST_P(Elementwise, ActivationsKeepNan) {
   }
 }
 
-TEST_P(Elementwise, SoftmaxOfEqualScoresIsUniformAndPadsWithZeros) {
-  std::vector<float> s(24, 3.0f);
-  EXPECT_EQ(kernels_.softmax(s.data(), 11, 24), 11.0f);
-  for (int i = 0; i < 24; ++i) EXPECT_EQ(s[i], i < 11 ? 1.0f : 0.0f);
-}
-
 TEST_P(Elementwise, QuantisesToNearestEvenWithTheScaleOfTheGroup) {
   std::vector<float> x(40, 0.0f);
   x[0] = 127.0f;
@@ -150,6 +144,28 @@ TEST_P(Elementwise, QuantisesZerosTinyAndNonFiniteGroups) {
     EXPECT_EQ(offsets, std::vector<int32_t>(3, 0));
     EXPECT_TRUE(std::isnan(scales[0]));
     EXPECT_TRUE(std::isfinite(scales[1]) && std::isfinite(scales[2]));
+  }
+}
+
+TEST_P(Elementwise, QuantisesManyGroupsAsOneByOne) {
+  constexpr int64_t kGroups = 23;
+  std::vector<float> x = RandomFloats(32 * kGroups, 3);
+  x[5 * 32 + 7] = std::numeric_limits<float>::quiet_NaN();
+  std::fill_n(x.begin() + 9 * 32, 32, 0.0f);
+  std::vector<int8_t> codes(32 * kGroups, 77), one(32);
+  std::vector<float> scales(32);
+  std::vector<int32_t> offsets(kGroups, 77);
+  kernels_.quantise(x.data(), 32 * kGroups, codes.data(), scales.data(), offsets.data());
+  for (int64_t g = 0; g < kGroups; ++g) {
+    float scale[8];
+    int32_t offset;
+    kernels_.quantise(x.data() + 32 * g, 32, one.data(), scale, &offset);
+    EXPECT_EQ(std::vector<int8_t>(codes.begin() + 32 * g, codes.begin() + 32 * (g + 1)), one) << g;
+    EXPECT_EQ(std::isnan(scales[g]), g == 5);
+    if (g != 5) {
+      EXPECT_EQ(scales[g], scale[0]) << g;
+    }
+    EXPECT_EQ(offsets[g], offset) << g;
   }
 }
 
