@@ -172,7 +172,9 @@ absl::Status TransformerEngine::Load() {
   model_->tensors().DropPages();
   ReserveScratch();
   const auto order_of = [](const Level& level) {
-    return level.ladder == "prefix" ? 0 : level.ladder == "residual" ? 1 : 2;
+    if (level.ladder == "prefix") return 0;
+    if (level.ladder == "mixed") return 1;
+    return level.ladder == "residual" ? 2 : 3;
   };
   const int num_levels = static_cast<int>(model_->levels().size());
   for (int i = 0; i < num_levels; ++i) {

@@ -1,7 +1,9 @@
 #include "engine/nested_model.h"
 
+#include <algorithm>
 #include <cmath>
 #include <filesystem>
+#include <iterator>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -17,7 +19,7 @@ using Json = nlohmann::json;
 
 constexpr int64_t kAttentionContext = 128;  // positions, by the definition of relative_flops
 constexpr int kFormatVersion = 1;
-constexpr const char* kLadders[] = {"residual", "prefix"};
+constexpr const char* kLadders[] = {"residual", "prefix", "mixed"};
 
 std::string DescriptionPath(const std::string& directory) { return directory + "/nested.json"; }
 
@@ -130,6 +132,10 @@ const char* NameOf(Form form) {
       return "prefix";
   }
   return "unknown";
+}
+
+bool IsNested(const FormAndRank& low, const FormAndRank& high) {
+  return high.form == Form::kDense || (low.form == high.form && low.rank <= high.rank);
 }
 
 LinearCost CostOfProfile(const ModelSpec& spec, const std::vector<LinearSpec>& layers,
@@ -448,29 +454,31 @@ absl::Status NestedModel::CheckProfile(size_t level, const Profile& profile) con
   return absl::OkStatus();
 }
 
-absl::Status NestedModel::SetLevels(std::vector<Level> levels) {
+absl::Status NestedModel::FillInCosts(std::vector<Level>* levels) const {
   const Profile full(layers_.size());
-  if (levels.empty() || levels.back().ladder != "full" || levels.back().profile != full) {
+  if (levels->empty() || levels->back().ladder != "full" || levels->back().profile != full) {
     return DescriptionError(directory_, "levels: the last must be \"full\", all layers dense");
   }
   const LinearCost full_cost = CostOfProfile(spec_, layers_, full, dense_storage_);
-  for (size_t i = 0; i < levels.size(); ++i) {
-    NESTOR_RETURN_IF_ERROR(CheckProfile(i, levels[i].profile));
-    levels[i].cost = CostOfProfile(spec_, layers_, levels[i].profile, dense_storage_);
-    levels[i].relative_cost = static_cast<double>(levels[i].cost.weight_bytes) /
-                              static_cast<double>(full_cost.weight_bytes);
-    levels[i].relative_flops =
-        static_cast<double>(levels[i].cost.flops) / static_cast<double>(full_cost.flops);
+  for (size_t i = 0; i < levels->size(); ++i) {
+    Level& level = (*levels)[i];
+    NESTOR_RETURN_IF_ERROR(CheckProfile(i, level.profile));
+    level.cost = CostOfProfile(spec_, layers_, level.profile, dense_storage_);
+    level.relative_cost =
+        static_cast<double>(level.cost.weight_bytes) / static_cast<double>(full_cost.weight_bytes);
+    level.relative_flops =
+        static_cast<double>(level.cost.flops) / static_cast<double>(full_cost.flops);
   }
+  return absl::OkStatus();
+}
+
+absl::Status NestedModel::CheckLadders(const std::vector<Level>& levels) const {
   for (const char* ladder : kLadders) {
     const Level* below = nullptr;
     for (size_t i = 0; i < levels.size(); ++i) {
       if (levels[i].ladder != ladder) continue;
-      const auto is_nested = [](const FormAndRank& low, const FormAndRank& high) {
-        return high.form == Form::kDense || (low.form == high.form && low.rank <= high.rank);
-      };
       for (size_t layer = 0; below != nullptr && layer < layers_.size(); ++layer) {
-        if (!is_nested(below->profile[layer], levels[i].profile[layer])) {
+        if (!IsNested(below->profile[layer], levels[i].profile[layer])) {
           return DescriptionError(
               directory_,
               absl::StrCat("levels[", i, "]: layer ", layers_[layer].name,
@@ -481,12 +489,25 @@ absl::Status NestedModel::SetLevels(std::vector<Level> levels) {
     }
   }
   for (size_t i = 0; i + 1 < levels.size(); ++i) {
-    if (levels[i].ladder != kLadders[0] && levels[i].ladder != kLadders[1]) {
+    if (std::find(std::begin(kLadders), std::end(kLadders), levels[i].ladder) ==
+        std::end(kLadders)) {
       return DescriptionError(directory_,
                               absl::StrCat("levels[", i, "].ladder: \"", levels[i].ladder,
-                                           "\", expected residual or prefix"));
+                                           "\", expected residual, prefix or mixed"));
     }
   }
+  return absl::OkStatus();
+}
+
+absl::Status NestedModel::SetLevels(std::vector<Level> levels) {
+  NESTOR_RETURN_IF_ERROR(FillInCosts(&levels));
+  NESTOR_RETURN_IF_ERROR(CheckLadders(levels));
+  levels_ = std::move(levels);
+  return absl::OkStatus();
+}
+
+absl::Status NestedModel::SetProbes(std::vector<Level> levels) {
+  NESTOR_RETURN_IF_ERROR(FillInCosts(&levels));
   levels_ = std::move(levels);
   return absl::OkStatus();
 }

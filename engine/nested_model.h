@@ -20,6 +20,9 @@ struct FormAndRank {
   bool operator==(const FormAndRank&) const = default;
 };
 
+// True where a layer may be at `low` on one level and at `high` on the next one of its ladder.
+bool IsNested(const FormAndRank& low, const FormAndRank& high);
+
 // One form and rank for every layer, in the order of LayersOf.
 using Profile = std::vector<FormAndRank>;
 
@@ -33,7 +36,7 @@ struct LevelMetrics {
 };
 
 struct Level {
-  std::string ladder;  // "residual", "prefix" or "full"
+  std::string ladder;  // "residual", "prefix", "mixed" or "full"
   Profile profile;
   LinearCost cost;  // of one token, the whole model; FLOPs include attention at 128 positions
   double relative_cost = 1;
@@ -75,6 +78,8 @@ class NestedModel {
   // writes the parts before it knows the levels.
   // Fills in the costs. INVALID_ARGUMENT names the level and the layer.
   absl::Status SetLevels(std::vector<Level> levels);
+  // The same for levels that are only measured, never written: they need not be nested.
+  absl::Status SetProbes(std::vector<Level> levels);
 
  private:
   NestedModel() = default;
@@ -85,6 +90,8 @@ class NestedModel {
   absl::Status VerifyTensors() const;
   absl::Status ReadCheckpoint();
   absl::Status CheckProfile(size_t level, const Profile& profile) const;
+  absl::Status CheckLadders(const std::vector<Level>& levels) const;
+  absl::Status FillInCosts(std::vector<Level>* levels) const;
   absl::StatusOr<FactorView> Factors(size_t layer, Form form) const;
   std::string directory_;
   ModelSpec spec_;

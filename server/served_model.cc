@@ -64,7 +64,7 @@ Ladder LadderOf(const ServedModel& model) {
                       .relative_flops = level.relative_flops,
                       .quality = level.quality,
                       .flops_per_token = level.flops_per_token,
-                      .shares_pass = level.form != "prefix"});
+                      .shares_pass = level.form == "residual" || level.form == "full"});
   }
   return ladder;
 }

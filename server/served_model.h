@@ -10,7 +10,7 @@
 namespace nestor {
 
 struct ServedLevel {
-  std::string form;  // "residual", "prefix", "full"
+  std::string form;  // "residual", "prefix", "mixed", "full"
   double relative_cost = 1;
   double relative_flops = 1;
   double quality = 1;
