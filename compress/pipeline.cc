@@ -6,6 +6,8 @@
 #include <atomic>
 #include <cmath>
 #include <filesystem>
+#include <iterator>
+#include <limits>
 #include <map>
 #include <memory>
 #include <optional>
@@ -20,9 +22,13 @@
 #include "base/progress.h"
 #include "base/status_macros.h"
 #include "compress/calibrate.h"
+#include "compress/divergence.h"
 #include "compress/evaluate.h"
 #include "compress/export.h"
 #include "compress/layer.h"
+#include "compress/layer_times.h"
+#include "compress/probe.h"
+#include "compress/rank_search.h"
 #include "compress/refit.h"
 #include "compress/self_sample.h"
 #include "compress/sensitivity.h"
@@ -39,15 +45,39 @@ constexpr int64_t kProbeTokens = 1024;
 // Each group costs a pass over the probe's tokens, which is a small one in an encoder.
 constexpr int64_t kLanguageModelDepths = 6;
 constexpr int64_t kEncoderDepths = 12;
+// An encoder gives a value for each pair of sentences, a language model one for each token.
+constexpr int64_t kLanguageModelProbeTokens = 1024;
+constexpr int64_t kEncoderProbeTokens = 4096;
+// Of the measured loss to the predicted one; beyond, losses do not add up.
+constexpr double kLargestAdditiveRatio = 1.5;
 // A language model's tokens give a value each, an encoder's a value for each pair of sentences.
 constexpr int64_t kLanguageModelEvaluationTokens = 4096;
 constexpr int64_t kEncoderEvaluationTokens = 32768;
 
-// What every layer may be at, by ladder.
-struct LadderOptions {
-  LayerOptions residual;  // empty without that ladder
-  LayerOptions prefix;
+// A ladder to choose levels of.
+struct LadderPlan {
+  std::string name;
+  RankSearch search = RankSearch::kSensitivity;
+  RankObjective objective = RankObjective::kBytes;
+  LayerOptions options;  // costs are set when levels are chosen
 };
+
+const char* UnitOf(RankObjective objective) {
+  switch (objective) {
+    case RankObjective::kBytes:
+      return "weight bytes";
+    case RankObjective::kFlops:
+      return "FLOPs";
+    case RankObjective::kTime:
+      return "time";
+  }
+  return "cost";
+}
+
+AllocateFunction AllocatorOf(RankSearch search) {
+  if (search == RankSearch::kEven) return AllocateEvenly;
+  return search == RankSearch::kMeasured ? AllocateBySearch : AllocateAlongHulls;
+}
 
 // OpenBLAS's own threads off while layers run side by side; a decomposition of a few hundred rows
 // scales better over layers than inside.
@@ -62,14 +92,16 @@ class SingleThreadedBlas {
   const int threads_;
 };
 
-int64_t LeastCost(const LayerOptions& options) {
-  int64_t cost = 0;
-  for (const std::vector<LayerOption>& layer : options) {
-    cost += std::min_element(layer.begin(), layer.end(), [](const auto& a, const auto& b) {
-              return a.cost < b.cost;
-            })->cost;
+// Leaves in `search` those of `levels`, in their order.
+void KeepSearched(const std::vector<Level>& levels, std::vector<SearchedLevel>* search) {
+  if (search->empty()) return;
+  std::vector<SearchedLevel> kept;
+  for (const Level& level : levels) {
+    kept.push_back(*std::find_if(search->begin(), search->end(), [&](const SearchedLevel& found) {
+      return found.profile == level.profile;
+    }));
   }
-  return cost;
+  *search = std::move(kept);
 }
 
 // One run; methods in the order in which they are called.
@@ -85,13 +117,21 @@ class Compression {
 
  private:
   absl::Status CheckOptions() const;
+  absl::Status CheckSearch() const;
   absl::Status OpenSource();
+  void PlanLadders();
   absl::Status Calibrate();
   absl::Status CompressLayers();
   absl::Status CompressOneLayer(size_t layer);
-  absl::Status WeightBySensitivity();
-  absl::Status WeightLadder(const std::string& ladder, int64_t probe_rank, LayerOptions* options);
-  std::vector<Level> ChooseLevels() const;
+  absl::Status WeightErrors();
+  absl::Status WeightBySensitivity(LadderPlan* ladder);
+  absl::Status ProbeLayers();
+  TokenSequences ProbeText() const;
+  absl::Status SetCosts();
+  absl::Status CheckCosts(const LadderPlan& ladder) const;
+  std::vector<int64_t> TargetsOf(const LadderPlan& ladder) const;
+  absl::StatusOr<std::vector<Level>> ChooseLevels();
+  absl::Status CompareLosses(const std::vector<Level>& levels);
   absl::Status RefitPrefix(const std::vector<Level>& levels);
   absl::Status WriteParts(const std::vector<Level>& levels);
   absl::StatusOr<std::unique_ptr<Engine>> OpenParts(std::vector<Level> levels) const;
@@ -100,9 +140,13 @@ class Compression {
 
   bool has_residual() const { return options_.ladder != LadderChoice::kPrefix; }
   bool has_prefix() const { return options_.ladder != LadderChoice::kResidual; }
-  bool allocates_prefix_evenly() const {
-    return options_.allocate == nullptr && source_->spec().is_encoder();
-  }
+  bool is_measured() const { return options_.search.method == RankSearch::kMeasured; }
+  // Of one layer, attention apart.
+  int64_t CostOf(const LinearSpec& layer, FormAndRank choice, RankObjective objective) const;
+  int64_t FullCost(RankObjective objective) const;
+  int64_t AttentionCost(RankObjective objective) const;
+  // Of the whole model at the cheapest choices, as share of the full level's.
+  double CheapestShare(const LadderPlan& ladder) const;
 
   const CompressOptions& options_;
   const std::string output_;  // without a slash at its end
@@ -119,7 +163,9 @@ class Compression {
   std::optional<Calibration> calibration_;
   Measurement source_measurement_;
   std::unique_ptr<TensorSpill> spill_;
-  LadderOptions ladder_options_;
+  std::vector<LadderPlan> ladders_;
+  size_t text_sequences_ = 0;  // of corpus_.calibration; sampled ones follow
+  std::optional<LayerTimes> layer_times_;
   StoredRanks stored_ranks_;
   std::map<std::string, std::string> checksums_;
   CompressReport report_;
@@ -136,6 +182,9 @@ absl::Status Compression::CheckOptions() const {
   for (const auto& [name, value] :
        {std::pair("calibration tokens", options_.corpus.calibration_tokens),
         std::pair("evaluation tokens", options_.evaluation_tokens.value_or(1)),
+        std::pair("probes", options_.search.probes),
+        std::pair("probe tokens", options_.search.probe_tokens.value_or(1)),
+        std::pair("rows", options_.search.rows),
         std::pair("maximum residual rank", options_.max_residual_rank),
         std::pair("maximum residual rank of the head", options_.max_head_residual_rank)}) {
     if (value < 1) {
@@ -149,6 +198,35 @@ absl::Status Compression::CheckOptions() const {
   std::error_code error;
   if (fs::exists(output_, error) && !options_.overwrites) {
     return absl::AlreadyExistsError(absl::StrCat(output_, ": exists already"));
+  }
+  return CheckSearch();
+}
+
+absl::Status Compression::CheckSearch() const {
+  const RankSearchOptions& search = options_.search;
+  if (!is_measured() && options_.ladder == LadderChoice::kMixed) {
+    return absl::InvalidArgumentError("search: a mixed ladder needs a measured search");
+  }
+  if (!is_measured() && search.objective == RankObjective::kTime) {
+    return absl::InvalidArgumentError("search: time as the objective needs a measured search");
+  }
+  if (search.probe_tokens.value_or(0) > options_.corpus.calibration_tokens) {
+    return absl::InvalidArgumentError(absl::StrCat("probe tokens: ", *search.probe_tokens,
+                                                   " of only ", options_.corpus.calibration_tokens,
+                                                   " calibration tokens"));
+  }
+  std::vector<double> costs = search.costs;
+  std::sort(costs.begin(), costs.end());
+  for (size_t i = 0; i < costs.size(); ++i) {
+    if (!(costs[i] > 0 && costs[i] <= 1)) {
+      return absl::InvalidArgumentError(absl::StrCat("costs: must be in (0, 1]; was ", costs[i]));
+    }
+    if (i > 0 && costs[i] == costs[i - 1]) {
+      return absl::InvalidArgumentError(absl::StrCat("costs: ", costs[i], " is there twice"));
+    }
+  }
+  if (!costs.empty() && costs.front() == 1) {
+    return absl::InvalidArgumentError("costs: the full level costs 1; expected one that is below");
   }
   return absl::OkStatus();
 }
@@ -178,12 +256,36 @@ absl::Status Compression::OpenSource() {
       is_encoder ? kEncoderEvaluationTokens : kLanguageModelEvaluationTokens);
   NESTOR_ASSIGN_OR_RETURN(corpus_,
                           ReadCorpus(corpus, source_engine_->tokenizer(), source_->spec()));
+  text_sequences_ = corpus_.calibration.size();
+  PlanLadders();
+  for (const LadderPlan& ladder : ladders_) {
+    // What takes how long is known later.
+    if (ladder.objective != RankObjective::kTime) NESTOR_RETURN_IF_ERROR(CheckCosts(ladder));
+  }
   if (is_encoder) {
     evaluation_ = SplicedPairs(corpus_.evaluation);
   } else {
     evaluation_.sequences = corpus_.evaluation;
   }
   return absl::OkStatus();
+}
+
+void Compression::PlanLadders() {
+  const auto add = [&](const std::string& name, RankSearch search, RankObjective objective) {
+    ladders_.push_back({.name = name,
+                        .search = options_.search.method.value_or(search),
+                        .objective = options_.search.objective.value_or(objective),
+                        .options = LayerOptions(source_->layers().size())});
+  };
+  if (options_.ladder == LadderChoice::kMixed) {
+    add("mixed", RankSearch::kMeasured, RankObjective::kBytes);
+    return;
+  }
+  if (has_residual()) add("residual", RankSearch::kSensitivity, RankObjective::kBytes);
+  if (has_prefix()) {
+    add("prefix", source_->spec().is_encoder() ? RankSearch::kEven : RankSearch::kSensitivity,
+        RankObjective::kFlops);
+  }
 }
 
 absl::Status Compression::Calibrate() {
@@ -231,8 +333,14 @@ absl::Status Compression::CompressOneLayer(size_t layer) {
                                                         : options_.max_residual_rank};
   NESTOR_ASSIGN_OR_RETURN(LayerParts parts, CompressLayer(spec, weights, moment, settings));
   NESTOR_RETURN_IF_ERROR(AddLayer(spec, parts, spill_.get()));
-  if (has_residual()) ladder_options_.residual[layer] = std::move(parts.residual_options);
-  if (has_prefix()) ladder_options_.prefix[layer] = std::move(parts.prefix_options);
+  for (LadderPlan& ladder : ladders_) {
+    std::vector<LayerOption>& options = ladder.options[layer];
+    options = ladder.name == "prefix" ? parts.prefix_options : parts.residual_options;
+    if (ladder.name != "mixed") continue;
+    std::copy_if(parts.prefix_options.begin(), parts.prefix_options.end(),
+                 std::back_inserter(options),
+                 [](const LayerOption& option) { return option.choice.form == Form::kPrefix; });
+  }
   return absl::OkStatus();
 }
 
@@ -243,8 +351,6 @@ absl::Status Compression::CompressLayers() {
   if (error) return FileError(partial_, error.value());
   NESTOR_ASSIGN_OR_RETURN(spill_, TensorSpill::Create(partial_ + "/parts.spill"));
   const std::vector<LinearSpec>& layers = source_->layers();
-  if (has_residual()) ladder_options_.residual.resize(layers.size());
-  if (has_prefix()) ladder_options_.prefix.resize(layers.size());
   // The largest first, so that no thread is left alone with the head at the end.
   std::vector<size_t> order(layers.size());
   for (size_t i = 0; i < order.size(); ++i) order[i] = i;
@@ -277,21 +383,22 @@ absl::Status Compression::CompressLayers() {
   return AddOtherTensors(*source_, spill_.get());
 }
 
-absl::Status Compression::WeightBySensitivity() {
-  if (has_residual()) {
-    NESTOR_RETURN_IF_ERROR(WeightLadder("residual", kResidualProbeRank, &ladder_options_.residual));
+absl::Status Compression::WeightErrors() {
+  if (is_measured()) return ProbeLayers();
+  for (LadderPlan& ladder : ladders_) {
+    if (ladder.search == RankSearch::kSensitivity && options_.allocate == nullptr) {
+      NESTOR_RETURN_IF_ERROR(WeightBySensitivity(&ladder));
+    }
   }
-  if (has_prefix() && !allocates_prefix_evenly())
-    return WeightLadder("prefix", 0, &ladder_options_.prefix);
   return absl::OkStatus();
 }
 
-absl::Status Compression::WeightLadder(const std::string& ladder, int64_t probe_rank,
-                                       LayerOptions* options) {
+absl::Status Compression::WeightBySensitivity(LadderPlan* ladder) {
   const std::vector<size_t> groups = SensitivityGroups(
       source_->layers(), source_->spec().is_encoder() ? kEncoderDepths : kLanguageModelDepths);
-  const std::vector<LayerOption> probes = ProbeOptions(*options, probe_rank);
-  const std::vector<Level> chain = ProbeChain(probes, groups, ladder);
+  const std::vector<LayerOption> probes =
+      ProbeOptions(ladder->options, ladder->name == "residual" ? kResidualProbeRank : 0);
+  const std::vector<Level> chain = ProbeChain(probes, groups, ladder->name);
   NESTOR_RETURN_IF_ERROR(WriteParts(chain));
   NESTOR_ASSIGN_OR_RETURN(const std::unique_ptr<Engine> engine, OpenParts(chain));
   TokenSequences sequences;
@@ -301,57 +408,223 @@ absl::Status Compression::WeightLadder(const std::string& ladder, int64_t probe_
   }
   NESTOR_ASSIGN_OR_RETURN(const std::vector<double> measured,
                           MeasureGroups(engine.get(), sequences));
-  WeightErrors(measured, groups, probes, options);
+  nestor::WeightErrors(measured, groups, probes, &ladder->options);
   return absl::OkStatus();
 }
 
-std::vector<Level> Compression::ChooseLevels() const {
-  const std::vector<LinearSpec>& layers = source_->layers();
-  const Profile full(layers.size());
-  const LinearCost full_cost = CostOfProfile(source_->spec(), layers, full, options_.dense);
-  std::vector<Level> levels;
-  const auto add = [&](const std::string& ladder, const LayerOptions& options,
-                       const AllocateFunction& allocate, const std::vector<int64_t>& targets) {
-    const Profile* last = nullptr;
-    for (const Profile& profile : allocate(options, targets)) {
-      // A small model may have nothing between two targets.
-      if ((last != nullptr && *last == profile) || profile == full) continue;
-      Level level;
-      level.ladder = ladder;
-      level.profile = profile;
-      levels.push_back(std::move(level));
-      last = &levels.back().profile;
+// Evenly over the calibration text, as a run that resumes has it too.
+TokenSequences Compression::ProbeText() const {
+  const int64_t tokens = options_.search.probe_tokens.value_or(
+      source_->spec().is_encoder() ? kEncoderProbeTokens : kLanguageModelProbeTokens);
+  const auto text_end = corpus_.calibration.begin() + static_cast<ptrdiff_t>(text_sequences_);
+  const TokenSequences text(corpus_.calibration.begin(), text_end);
+  const double share =
+      std::min(1.0, static_cast<double>(tokens) / static_cast<double>(CountTokens(text)));
+  TokenSequences taken;
+  int64_t seen = 0;
+  for (const std::vector<int32_t>& sequence : text) {
+    if (static_cast<double>(CountTokens(taken)) <= share * static_cast<double>(seen) &&
+        CountTokens(taken) < tokens) {
+      taken.push_back(sequence);
     }
-  };
-  const AllocateFunction along_hulls =
-      options_.allocate == nullptr ? AllocateAlongHulls : options_.allocate;
-  levels.reserve(2 * static_cast<size_t>(options_.levels) + 1);
-  if (has_residual()) {
-    const double bytes = static_cast<double>(full_cost.weight_bytes);
-    const double cheapest = static_cast<double>(LeastCost(ladder_options_.residual)) / bytes;
-    std::vector<int64_t> targets;
-    for (const double share : ResidualTargets(options_.levels, cheapest)) {
-      targets.push_back(static_cast<int64_t>(share * bytes));
-    }
-    add("residual", ladder_options_.residual, along_hulls, targets);
+    seen += static_cast<int64_t>(sequence.size());
   }
-  if (has_prefix()) {
-    int64_t dense_flops = 0;
-    for (const LinearSpec& layer : layers) dense_flops += 2 * layer.out * layer.in;
-    const int64_t attention = full_cost.flops - dense_flops;  // no level changes it
-    std::vector<int64_t> targets;
-    for (const double share : PrefixTargets(options_.levels, source_->spec().is_encoder())) {
-      targets.push_back(static_cast<int64_t>(share * static_cast<double>(full_cost.flops)) -
-                        attention);
+  return taken;
+}
+
+absl::Status Compression::ProbeLayers() {
+  const size_t num_layers = source_->layers().size();
+  std::vector<Probe> probes;
+  Profile largest_residual(num_layers);
+  Profile largest_prefix(num_layers);
+  for (const LadderPlan& ladder : ladders_) {
+    const std::vector<Probe> chosen = ChooseProbes(ladder.options, options_.search.probes);
+    probes.insert(probes.end(), chosen.begin(), chosen.end());
+    for (size_t layer = 0; layer < num_layers; ++layer) {
+      for (const LayerOption& option : ladder.options[layer]) {
+        FormAndRank& largest =
+            option.choice.form == Form::kPrefix ? largest_prefix[layer] : largest_residual[layer];
+        if (option.choice.rank >= largest.rank) largest = option.choice;
+      }
     }
-    add("prefix", ladder_options_.prefix,
-        allocates_prefix_evenly() ? AllocateFunction(AllocateEvenly) : along_hulls, targets);
+  }
+  // Every rank that may be chosen, for the layers to be timed at.
+  NESTOR_RETURN_IF_ERROR(WriteParts({Level{.ladder = "residual", .profile = largest_residual},
+                                     Level{.ladder = "prefix", .profile = largest_prefix}}));
+  NESTOR_ASSIGN_OR_RETURN(std::unique_ptr<NestedModel> model, NestedModel::Open(partial_));
+  NESTOR_ASSIGN_OR_RETURN(layer_times_,
+                          LayerTimes::Measure(*model, options_.make_backend, options_.search.rows));
+
+  const TokenSequences sequences = ProbeText();
+  const std::string key =
+      absl::StrCat("source ", source_sha256_, ", text ", corpus_.calibration_sha256, ", tokens ",
+                   options_.corpus.calibration_tokens, ", sampled ", self_sample_tokens_,
+                   ", dense ", options_.dense == DenseStorage::kPlanes ? "int8" : "bf16",
+                   ", probe tokens ", CountTokens(sequences));
+  NESTOR_ASSIGN_OR_RETURN(ProbeLog log,
+                          ProbeLog::Open(calibration_directory_ + "/probes.jsonl", key));
+  NESTOR_RETURN_IF_ERROR(model->SetProbes(ProbeLevels(probes, num_layers)));
+  NESTOR_ASSIGN_OR_RETURN(const std::unique_ptr<Engine> engine,
+                          OpenEngine(std::move(model), options_.make_backend, kWindowTokens));
+  report_.probes = std::ssize(probes);
+  NESTOR_ASSIGN_OR_RETURN(report_.resumed_probes,
+                          MeasureProbes(engine.get(), sequences, &probes, &log));
+  for (LadderPlan& ladder : ladders_) ErrorsFromProbes(probes, &ladder.options);
+  return absl::OkStatus();
+}
+
+int64_t Compression::CostOf(const LinearSpec& layer, FormAndRank choice,
+                            RankObjective objective) const {
+  if (objective == RankObjective::kTime) return layer_times_->Of(layer, choice);
+  const LinearCost cost =
+      CostOfLinear(layer.out, layer.in, layer.has_bias, options_.dense, choice.form, choice.rank);
+  return objective == RankObjective::kBytes ? cost.weight_bytes : cost.flops;
+}
+
+int64_t Compression::AttentionCost(RankObjective objective) const {
+  if (objective != RankObjective::kFlops) return 0;
+  const Profile full(source_->layers().size());
+  int64_t flops = CostOfProfile(source_->spec(), source_->layers(), full, options_.dense).flops;
+  for (const LinearSpec& layer : source_->layers()) flops -= CostOf(layer, {}, objective);
+  return flops;
+}
+
+int64_t Compression::FullCost(RankObjective objective) const {
+  int64_t cost = AttentionCost(objective);
+  for (const LinearSpec& layer : source_->layers()) cost += CostOf(layer, {}, objective);
+  return cost;
+}
+
+double Compression::CheapestShare(const LadderPlan& ladder) const {
+  int64_t cost = AttentionCost(ladder.objective);
+  for (const LinearSpec& layer : source_->layers()) {
+    std::vector<FormAndRank> choices = {{}};
+    const std::vector<int64_t> ranks = PrefixRanks(layer.out, layer.in);
+    if (ladder.name != "prefix") choices.push_back({Form::kResidual, 0});
+    if (ladder.name != "residual" && !ranks.empty()) {
+      choices.push_back({Form::kPrefix, ranks.front()});
+    }
+    int64_t least = std::numeric_limits<int64_t>::max();
+    for (const FormAndRank& choice : choices) {
+      least = std::min(least, CostOf(layer, choice, ladder.objective));
+    }
+    cost += least;
+  }
+  return static_cast<double>(cost) / static_cast<double>(FullCost(ladder.objective));
+}
+
+absl::Status Compression::CheckCosts(const LadderPlan& ladder) const {
+  const std::vector<double>& costs = options_.search.costs;
+  if (costs.empty()) return absl::OkStatus();
+  const double least = *std::min_element(costs.begin(), costs.end());
+  const double cheapest = CheapestShare(ladder);
+  if (least >= cheapest) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrFormat(
+      "costs: %g is less than the cheapest %s level has: %.4f of the full level's %s", least,
+      ladder.name, cheapest, UnitOf(ladder.objective)));
+}
+
+absl::Status Compression::SetCosts() {
+  for (LadderPlan& ladder : ladders_) {
+    NESTOR_RETURN_IF_ERROR(CheckCosts(ladder));
+    for (size_t layer = 0; layer < ladder.options.size(); ++layer) {
+      for (LayerOption& option : ladder.options[layer]) {
+        option.cost = CostOf(source_->layers()[layer], option.choice, ladder.objective);
+      }
+    }
+  }
+  return absl::OkStatus();
+}
+
+std::vector<int64_t> Compression::TargetsOf(const LadderPlan& ladder) const {
+  std::vector<double> shares = options_.search.costs;
+  std::sort(shares.begin(), shares.end());
+  std::erase(shares, 1.0);  // the full level
+  if (shares.empty()) {
+    const double cheapest = CheapestShare(ladder);
+    if (ladder.name == "residual" && ladder.objective == RankObjective::kBytes) {
+      shares = ResidualTargets(options_.levels, cheapest);
+    } else if (ladder.name == "prefix" && ladder.objective == RankObjective::kFlops) {
+      shares = PrefixTargets(options_.levels, source_->spec().is_encoder());
+    } else {
+      shares = EvenTargets(options_.levels, cheapest);
+    }
+  }
+  std::vector<int64_t> targets;
+  for (const double share : shares) {
+    targets.push_back(
+        static_cast<int64_t>(share * static_cast<double>(FullCost(ladder.objective))) -
+        AttentionCost(ladder.objective));
+  }
+  return targets;
+}
+
+absl::StatusOr<std::vector<Level>> Compression::ChooseLevels() {
+  const Profile full(source_->layers().size());
+  std::vector<Level> levels;
+  for (const LadderPlan& ladder : ladders_) {
+    const AllocateFunction allocate =
+        options_.allocate == nullptr ? AllocatorOf(ladder.search) : options_.allocate;
+    const std::vector<int64_t> targets = TargetsOf(ladder);
+    const std::vector<Profile> profiles = allocate(ladder.options, targets);
+    Profile last;
+    for (size_t i = 0; i < profiles.size(); ++i) {
+      // A small model may have nothing between two targets.
+      if (profiles[i] == last || profiles[i] == full) {
+        if (options_.search.costs.empty()) continue;
+        return absl::InvalidArgumentError(absl::StrFormat(
+            "costs: the %s ladder has no level of its own within %.4f of the full level's %s",
+            ladder.name,
+            static_cast<double>(targets[i] + AttentionCost(ladder.objective)) /
+                static_cast<double>(FullCost(ladder.objective)),
+            UnitOf(ladder.objective)));
+      }
+      last = profiles[i];
+      Level level;
+      level.ladder = ladder.name;
+      level.profile = profiles[i];
+      levels.push_back(std::move(level));
+      if (!is_measured()) continue;
+      report_.search.push_back(
+          {.profile = profiles[i], .predicted_loss = ErrorOfProfile(ladder.options, profiles[i])});
+    }
   }
   Level top;
   top.ladder = "full";
   top.profile = full;
   levels.push_back(std::move(top));
+  if (is_measured()) report_.search.push_back({.profile = full});
   return levels;
+}
+
+absl::Status Compression::CompareLosses(const std::vector<Level>& levels) {
+  NESTOR_ASSIGN_OR_RETURN(const std::unique_ptr<Engine> engine, OpenParts(levels));
+  const TokenSequences sequences = ProbeText();
+  Progress progress("Comparing losses", std::ssize(levels) * CountTokens(sequences));
+  const int full = static_cast<int>(levels.size()) - 1;
+  const double full_time =
+      static_cast<double>(layer_times_->OfProfile(source_->layers(), levels.back().profile));
+  NESTOR_ASSIGN_OR_RETURN(const Outputs whole, OutputsAt(engine.get(), sequences, full, &progress));
+  for (int i = 0; i <= full; ++i) {
+    SearchedLevel& searched = report_.search[static_cast<size_t>(i)];
+    const auto time =
+        static_cast<double>(layer_times_->OfProfile(source_->layers(), searched.profile));
+    searched.seconds = 1e-9 * time;
+    searched.relative_time = time / full_time;
+    if (i == full) continue;
+    NESTOR_ASSIGN_OR_RETURN(const Outputs outputs,
+                            OutputsAt(engine.get(), sequences, i, &progress));
+    searched.measured_loss = DivergenceOf(source_->spec(), whole, outputs);
+    const double ratio = searched.measured_loss / searched.predicted_loss;
+    if (ratio <= kLargestAdditiveRatio && ratio >= 1 / kLargestAdditiveRatio) continue;
+    report_.notes.push_back(absl::StrFormat(
+        "losses do not add up at the %s level of relative cost %.3f: its layers' sum is %.4g, "
+        "measured together they are %.4g",
+        levels[static_cast<size_t>(i)].ladder,
+        engine->model().levels()[static_cast<size_t>(i)].relative_cost, searched.predicted_loss,
+        searched.measured_loss));
+  }
+  return absl::OkStatus();
 }
 
 absl::Status Compression::WriteParts(const std::vector<Level>& levels) {
@@ -410,7 +683,9 @@ absl::Status Compression::RefitPrefix(const std::vector<Level>& levels) {
   RefitOptions options;
   std::vector<int> prefix_levels;
   for (size_t i = 0; i < levels.size(); ++i) {
-    if (levels[i].ladder == "prefix") prefix_levels.push_back(static_cast<int>(i));
+    if (levels[i].ladder == "prefix" || levels[i].ladder == "mixed") {
+      prefix_levels.push_back(static_cast<int>(i));
+    }
   }
   if (prefix_levels.empty()) return absl::OkStatus();
   // Every other level: what suits two neighbours suits the one between them.
@@ -453,13 +728,16 @@ absl::StatusOr<CompressReport> Compression::Run() {
   NESTOR_RETURN_IF_ERROR(Calibrate());
   const absl::Status written = [&]() -> absl::Status {
     NESTOR_RETURN_IF_ERROR(CompressLayers());
-    NESTOR_RETURN_IF_ERROR(WeightBySensitivity());
-    const std::vector<Level> levels = ChooseLevels();
+    NESTOR_RETURN_IF_ERROR(WeightErrors());
+    NESTOR_RETURN_IF_ERROR(SetCosts());
+    NESTOR_ASSIGN_OR_RETURN(const std::vector<Level> levels, ChooseLevels());
     NESTOR_RETURN_IF_ERROR(WriteParts(levels));
+    if (is_measured()) NESTOR_RETURN_IF_ERROR(CompareLosses(levels));
     if (options_.refit_tokens > 0) NESTOR_RETURN_IF_ERROR(RefitPrefix(levels));
     spill_.reset();
     NESTOR_ASSIGN_OR_RETURN(const std::vector<Level> measured, MeasureLevels(levels));
     report_.levels = WithoutInversions(measured, &report_.notes);
+    KeepSearched(report_.levels, &report_.search);
     NESTOR_RETURN_IF_ERROR(WriteDescription(&report_.levels));
     return CommitDirectory(partial_, output_, options_.overwrites);
   }();
@@ -508,6 +786,12 @@ std::vector<double> PrefixTargets(int count, bool is_encoder) {
           kEncoderAnchor + (end - kEncoderAnchor) * (i - 1) / (count - 2);
     }
   }
+  return targets;
+}
+
+std::vector<double> EvenTargets(int count, double cheapest) {
+  std::vector<double> targets;
+  for (int i = 0; i < count; ++i) targets.push_back(cheapest + (1 - cheapest) * i / count);
   return targets;
 }
 

@@ -12,7 +12,32 @@
 
 namespace nestor {
 
-enum class LadderChoice : uint8_t { kResidual, kPrefix, kBoth };
+// kBoth: one of each. kMixed: one ladder whose layers take what serves each best, a residual, a
+// prefix or dense.
+enum class LadderChoice : uint8_t { kResidual, kPrefix, kBoth, kMixed };
+
+// How the ranks of a ladder's levels are chosen:
+//   kEven         one rank for all layers
+//   kEnergy       along the hulls of the layers' lost output energies
+//   kSensitivity  the same, energies weighed by the measured sensitivity of groups of layers
+//   kMeasured     dynamic programming over measured losses of each layer (probe.h, rank_search.h)
+enum class RankSearch : uint8_t { kEven, kEnergy, kSensitivity, kMeasured };
+
+// What a level's cost is counted in. kTime is that of linear layers, measured on this device.
+enum class RankObjective : uint8_t { kBytes, kFlops, kTime };
+
+struct RankSearchOptions {
+  // Unset: kSensitivity, but for an encoder's prefix ladder kEven, which measures as well there and
+  // needs no measurement. A mixed ladder and a time objective need kMeasured.
+  std::optional<RankSearch> method;
+  std::optional<RankObjective> objective;  // unset: FLOPs of a prefix ladder, bytes of others
+  // Shares of the full level's cost that levels are to have, instead of `levels` default ones.
+  std::vector<double> costs;
+  int64_t rows = 1;    // of the step that is timed
+  int64_t probes = 3;  // ranks probed of each layer and form; 1 is the cheap mode
+  // Calibration tokens that a probe runs; unset: 1,024, of an encoder 4,096, or all there are.
+  std::optional<int64_t> probe_tokens;
+};
 
 struct CompressOptions {
   std::string source;  // a Hugging Face directory
@@ -33,15 +58,27 @@ struct CompressOptions {
   // Calibration tokens that a prefix ladder's factors are refitted on (RefitFactors); 0: not at
   // all. A residual ladder gains nothing from it (measured) and is left as it is.
   int64_t refit_tokens = 12288;
+  RankSearchOptions search;
   int threads = 1;  // layers decomposed side by side
   BackendFactory make_backend;
-  // Unset: along the hulls of measured sensitivity, but for an encoder's prefix ladder evenly,
-  // which measures as well there and needs no measurement.
-  AllocateFunction allocate;
+  AllocateFunction allocate;  // unset: by `search`
+};
+
+// What a measured search knows of a level, before prefix factors are refitted. Losses are
+// DivergenceOf the full level on the probes' text.
+struct SearchedLevel {
+  Profile profile;
+  double predicted_loss = 0;  // the sum of its layers'
+  double measured_loss = 0;
+  double seconds = 0;  // of its linear layers, in a step of RankSearchOptions::rows
+  double relative_time = 1;
 };
 
 struct CompressReport {
   std::vector<Level> levels;
+  std::vector<SearchedLevel> search;  // parallel to `levels`; empty unless kMeasured
+  int64_t probes = 0;
+  int64_t resumed_probes = 0;      // of them, found measured by an earlier run
   std::vector<std::string> notes;  // what a person should know, such as a level left out
   int64_t resumed_sequences = 0;   // of calibration, found done by an earlier run
   int64_t calibration_tokens = 0;
@@ -61,6 +98,8 @@ absl::StatusOr<CompressReport> Compress(const CompressOptions& options);
 // seventh of what is between there and full, where rank buys most, and coarse above.
 std::vector<double> ResidualTargets(int count, double cheapest);
 std::vector<double> PrefixTargets(int count, bool is_encoder);
+// In equal steps from the cheapest level, for any other ladder and objective.
+std::vector<double> EvenTargets(int count, double cheapest);
 
 // Along each ladder, leaves out levels that measured worse than a cheaper one by more than the
 // standard error; `notes` says which.

@@ -3,6 +3,7 @@
 #include <optional>
 #include <utility>
 
+#include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 
 namespace nestor {
@@ -48,6 +49,39 @@ nlohmann::json LevelReport(const std::vector<Level>& levels) {
     report.push_back(std::move(entry));
   }
   return report;
+}
+
+std::string SearchTable(const CompressReport& report, int64_t rows) {
+  std::string table = absl::StrFormat("%5s  %-9s %8s %8s %8s %12s %12s %12s %6s\n", "level", "form",
+                                      "bytes", "FLOPs", "time", absl::StrCat("ms, ", rows, " rows"),
+                                      "predicted", "measured", "ratio");
+  for (size_t i = 0; i < report.levels.size(); ++i) {
+    const Level& level = report.levels[i];
+    const SearchedLevel& search = report.search[i];
+    absl::StrAppendFormat(
+        &table, "%5d  %-9s %8.3f %8.3f %8.3f %12.4f %12.4g %12.4g %6s\n", i, level.ladder,
+        level.relative_cost, level.relative_flops, search.relative_time, 1e3 * search.seconds,
+        search.predicted_loss, search.measured_loss,
+        search.predicted_loss > 0
+            ? absl::StrFormat("%.2f", search.measured_loss / search.predicted_loss)
+            : "-");
+  }
+  return table;
+}
+
+nlohmann::json SearchReport(const CompressReport& report) {
+  nlohmann::json list = nlohmann::json::array();
+  for (size_t i = 0; i < report.search.size(); ++i) {
+    const SearchedLevel& search = report.search[i];
+    list.push_back({{"level", i},
+                    {"relative_cost", report.levels[i].relative_cost},
+                    {"relative_flops", report.levels[i].relative_flops},
+                    {"relative_time", search.relative_time},
+                    {"seconds", search.seconds},
+                    {"predicted_loss", search.predicted_loss},
+                    {"measured_loss", search.measured_loss}});
+  }
+  return list;
 }
 
 }  // namespace nestor

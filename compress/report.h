@@ -1,8 +1,10 @@
 #pragma once
 
+#include <cstdint>
 #include <string>
 #include <vector>
 
+#include "compress/pipeline.h"
 #include "engine/nested_model.h"
 #include "nlohmann/json.hpp"
 
@@ -14,5 +16,13 @@ std::string LevelTable(const std::vector<Level>& levels);
 // The same as the list `levels` of --json: level, form, relative_cost, relative_flops, quality, and
 // those of perplexity, spearman, quality_vs_source and standard_error that were measured.
 nlohmann::json LevelReport(const std::vector<Level>& levels);
+
+// Of a measured search, for every level: the three costs as shares of the full level's (time is
+// that of its linear layers in a step of `rows` rows), and the loss that was predicted beside the
+// one that was measured. REQUIRES: report.search is not empty.
+std::string SearchTable(const CompressReport& report, int64_t rows);
+// The same as the list `search` of --json, empty without a measured search: level, relative_cost,
+// relative_flops, relative_time, seconds, predicted_loss, measured_loss.
+nlohmann::json SearchReport(const CompressReport& report);
 
 }  // namespace nestor

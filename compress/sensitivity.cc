@@ -8,57 +8,12 @@
 
 #include "base/progress.h"
 #include "base/status_macros.h"
-#include "compress/forward.h"
+#include "compress/divergence.h"
 
 namespace nestor {
 namespace {
 
 constexpr double kPrefixProbeShare = 0.4;
-
-// The outputs of one level as one vector for each token or sentence.
-using Outputs = std::vector<std::vector<float>>;
-
-absl::StatusOr<Outputs> OutputsAt(Engine* engine, const TokenSequences& sequences, int level,
-                                  Progress* progress) {
-  if (engine->model().spec().is_encoder()) {
-    return EmbedSentences(engine, sequences, level, progress);
-  }
-  Outputs outputs;
-  for (const std::vector<int32_t>& window : sequences) {
-    NESTOR_ASSIGN_OR_RETURN(const std::vector<double> values,
-                            LogProbabilities(engine, window, level, /*stride=*/1));
-    for (const double value : values) outputs.push_back({static_cast<float>(value)});
-    progress->Advance(static_cast<int64_t>(window.size()));
-  }
-  return outputs;
-}
-
-// Half the mean squared difference of log-probabilities: KL to second order.
-double LogProbabilityDivergence(const Outputs& a, const Outputs& b) {
-  double sum = 0;
-  for (size_t i = 0; i < a.size(); ++i) {
-    const double difference = static_cast<double>(a[i][0]) - b[i][0];
-    sum += 0.5 * difference * difference;
-  }
-  return sum / static_cast<double>(a.size());
-}
-
-// Variance over all pairs of sentences of how much their similarity changes: what all pairs share
-// does not change their order.
-double SimilarityDivergence(const Outputs& a, const Outputs& b) {
-  double sum = 0;
-  double sum_of_squares = 0;
-  for (size_t i = 0; i < a.size(); ++i) {
-    for (size_t j = 0; j < i; ++j) {
-      const double change = Cosine(a[i], a[j]) - Cosine(b[i], b[j]);
-      sum += change;
-      sum_of_squares += change * change;
-    }
-  }
-  const double pairs = 0.5 * static_cast<double>(a.size()) * static_cast<double>(a.size() - 1);
-  const double mean = sum / pairs;
-  return std::max(0.0, sum_of_squares / pairs - mean * mean);
-}
 
 }  // namespace
 
@@ -110,15 +65,13 @@ std::vector<Level> ProbeChain(const std::vector<LayerOption>& probes,
 
 absl::StatusOr<std::vector<double>> MeasureGroups(Engine* engine, const TokenSequences& sequences) {
   const int num_levels = static_cast<int>(engine->model().levels().size());
-  const bool is_encoder = engine->model().spec().is_encoder();
   Progress progress("Measuring sensitivity", num_levels * CountTokens(sequences));
   std::vector<double> measured;
   Outputs before;
   for (int level = 0; level < num_levels; ++level) {
     NESTOR_ASSIGN_OR_RETURN(Outputs outputs, OutputsAt(engine, sequences, level, &progress));
     if (level > 0) {
-      measured.push_back(is_encoder ? SimilarityDivergence(before, outputs)
-                                    : LogProbabilityDivergence(before, outputs));
+      measured.push_back(DivergenceOf(engine->model().spec(), before, outputs));
     }
     before = std::move(outputs);
   }

@@ -28,10 +28,7 @@ std::vector<Level> ProbeChain(const std::vector<LayerOption>& probes,
                               const std::vector<size_t>& groups, const std::string& ladder);
 
 // By group, how far apart the model's outputs are with and without the group's error, the groups
-// behind it still at their probes. `engine` has the levels of ProbeChain. Of a language model the
-// second-order Kullback-Leibler divergence, half the mean squared difference of log-probabilities
-// over the tokens of `sequences`; of an encoder the variance, over all pairs of sentences, of what
-// their similarity changes by.
+// behind it still at their probes (DivergenceOf). `engine` has the levels of ProbeChain.
 absl::StatusOr<std::vector<double>> MeasureGroups(Engine* engine, const TokenSequences& sequences);
 
 // Multiplies the errors of `options` so that each group's probes add up to what was measured.

@@ -1,9 +1,12 @@
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "absl/strings/str_split.h"
 #include "base/status_macros.h"
 #include "compress/pipeline.h"
 #include "compress/report.h"
@@ -18,8 +21,39 @@ absl::StatusOr<LadderChoice> ParseLadder(const std::string& name) {
   if (name == "residual") return LadderChoice::kResidual;
   if (name == "prefix") return LadderChoice::kPrefix;
   if (name == "both") return LadderChoice::kBoth;
+  if (name == "mixed") return LadderChoice::kMixed;
   return UsageError(
-      absl::StrCat("--ladder: expected residual, prefix or both; was \"", name, "\""));
+      absl::StrCat("--ladder: expected residual, prefix, both or mixed; was \"", name, "\""));
+}
+
+absl::StatusOr<std::optional<RankSearch>> ParseSearch(const std::string& name) {
+  if (name.empty()) return std::nullopt;
+  if (name == "even") return RankSearch::kEven;
+  if (name == "energy") return RankSearch::kEnergy;
+  if (name == "sensitivity") return RankSearch::kSensitivity;
+  if (name == "measured") return RankSearch::kMeasured;
+  return UsageError(
+      absl::StrCat("--search: expected even, energy, sensitivity or measured; was \"", name, "\""));
+}
+
+absl::StatusOr<std::optional<RankObjective>> ParseObjective(const std::string& name) {
+  if (name.empty()) return std::nullopt;
+  if (name == "bytes") return RankObjective::kBytes;
+  if (name == "flops") return RankObjective::kFlops;
+  if (name == "time") return RankObjective::kTime;
+  return UsageError(absl::StrCat("--objective: expected bytes, flops or time; was \"", name, "\""));
+}
+
+absl::StatusOr<std::vector<double>> ParseCosts(const std::string& list) {
+  std::vector<double> costs;
+  for (const absl::string_view item : absl::StrSplit(list, ',', absl::SkipEmpty())) {
+    double cost = 0;
+    if (!absl::SimpleAtod(item, &cost)) {
+      return UsageError(absl::StrCat("--costs: expected numbers and commas; was \"", list, "\""));
+    }
+    costs.push_back(cost);
+  }
+  return costs;
 }
 
 absl::StatusOr<DenseStorage> ParseDtype(const std::string& name) {
@@ -35,6 +69,7 @@ absl::Status RunCompress(const std::vector<std::string>& arguments) {
   options.corpus.calibration_tokens = 12288;
   std::string ladder = "residual";
   std::string dtype = "int8";
+  std::string search, objective, costs;
   int64_t levels = options.levels;
   bool prints_json = false;
   Flags flags("nestor compress HF_DIR OUT --calibration FILE [flags]",
@@ -45,7 +80,9 @@ absl::Status RunCompress(const std::vector<std::string>& arguments) {
   flags.Add("evaluation", &options.corpus.evaluation_path,
             "text to measure the levels on; without it the last fifth of the calibration text, "
             "which then does not calibrate");
-  flags.Add("ladder", &ladder, "residual (cheaper bytes), prefix (cheaper FLOPs) or both");
+  flags.Add("ladder", &ladder,
+            "residual (cheaper bytes), prefix (cheaper FLOPs), both, or mixed (every layer in the "
+            "form that serves it best; with --search measured)");
   flags.Add("dtype", &dtype, "of the full level: int8 or bf16");
   flags.Add("levels", &levels, "levels of each ladder, beside the full one");
   flags.Add("calibration-tokens", &options.corpus.calibration_tokens,
@@ -62,6 +99,23 @@ absl::Status RunCompress(const std::vector<std::string>& arguments) {
       "refit-tokens", &options.refit_tokens,
       "calibration tokens that a prefix ladder's factors are refitted on, for the inputs that its "
       "levels really give each layer; 0: not at all");
+  flags.Add(
+      "search", &search,
+      "how ranks are chosen: even (one for all layers), energy (of what is left out), "
+      "sensitivity (energy, weighed by what groups of layers measure) or measured (what each "
+      "layer loses, by dynamic programming); sensitivity, of an encoder's prefix ladder even, "
+      "unless given");
+  flags.Add("objective", &objective,
+            "the cost that levels are chosen by: bytes, flops or time (of linear layers, measured "
+            "here); FLOPs of a prefix ladder, bytes of others unless given");
+  flags.Add("costs", &costs,
+            "shares of the full level's cost to have levels at, such as 0.9,0.8,0.6; instead of "
+            "--levels");
+  flags.Add("rows", &options.search.rows, "rows of the step whose time is measured");
+  flags.Add("probes", &options.search.probes,
+            "ranks that a measured search probes of each layer and form; 1 is quickest");
+  flags.Add("probe-tokens", &options.search.probe_tokens,
+            "calibration tokens of a probe; 1024, of an encoder 4096, unless given");
   flags.Add("force", &options.overwrites, "replace OUT where it exists");
   flags.Add("json", &prints_json, "print the levels as one JSON object");
   NESTOR_ASSIGN_OR_RETURN(const std::vector<std::string> positional, flags.Parse(arguments));
@@ -72,6 +126,9 @@ absl::Status RunCompress(const std::vector<std::string>& arguments) {
   NESTOR_ASSIGN_OR_RETURN(options.ladder, ParseLadder(ladder));
   NESTOR_ASSIGN_OR_RETURN(options.dense, ParseDtype(dtype));
   NESTOR_ASSIGN_OR_RETURN(options.levels, ToInt32("levels", levels));
+  NESTOR_ASSIGN_OR_RETURN(options.search.method, ParseSearch(search));
+  NESTOR_ASSIGN_OR_RETURN(options.search.objective, ParseObjective(objective));
+  NESTOR_ASSIGN_OR_RETURN(options.search.costs, ParseCosts(costs));
   options.threads = AvailableCpus();
   options.make_backend = [] { return MakeCpuBackend({}); };
 
@@ -79,6 +136,7 @@ absl::Status RunCompress(const std::vector<std::string>& arguments) {
   if (prints_json) {
     const nlohmann::json json = {{"artifact", options.output},
                                  {"levels", LevelReport(report.levels)},
+                                 {"search", SearchReport(report)},
                                  {"notes", report.notes},
                                  {"calibration_tokens", report.calibration_tokens},
                                  {"evaluation_tokens", report.evaluation_tokens}};
@@ -86,6 +144,7 @@ absl::Status RunCompress(const std::vector<std::string>& arguments) {
     return absl::OkStatus();
   }
   absl::PrintF("%s\n", LevelTable(report.levels));
+  if (!report.search.empty()) absl::PrintF("%s\n", SearchTable(report, options.search.rows));
   for (const std::string& note : report.notes) absl::PrintF("%s\n", note);
   absl::PrintF("%s: calibrated on %d tokens, measured on %d held-out tokens\n", options.output,
                report.calibration_tokens, report.evaluation_tokens);

@@ -1,0 +1,57 @@
+#include "compress/divergence.h"
+
+#include <algorithm>
+
+#include "base/status_macros.h"
+#include "compress/forward.h"
+
+namespace nestor {
+namespace {
+
+double LogProbabilityDivergence(const Outputs& a, const Outputs& b) {
+  double sum = 0;
+  for (size_t i = 0; i < a.size(); ++i) {
+    const double difference = static_cast<double>(a[i][0]) - b[i][0];
+    sum += 0.5 * difference * difference;
+  }
+  return sum / static_cast<double>(a.size());
+}
+
+// What all pairs share does not change their order.
+double SimilarityDivergence(const Outputs& a, const Outputs& b) {
+  double sum = 0;
+  double sum_of_squares = 0;
+  for (size_t i = 0; i < a.size(); ++i) {
+    for (size_t j = 0; j < i; ++j) {
+      const double change = Cosine(a[i], a[j]) - Cosine(b[i], b[j]);
+      sum += change;
+      sum_of_squares += change * change;
+    }
+  }
+  const double pairs = 0.5 * static_cast<double>(a.size()) * static_cast<double>(a.size() - 1);
+  const double mean = sum / pairs;
+  return std::max(0.0, sum_of_squares / pairs - mean * mean);
+}
+
+}  // namespace
+
+absl::StatusOr<Outputs> OutputsAt(Engine* engine, const TokenSequences& sequences, int level,
+                                  Progress* progress) {
+  if (engine->model().spec().is_encoder()) {
+    return EmbedSentences(engine, sequences, level, progress);
+  }
+  Outputs outputs;
+  for (const std::vector<int32_t>& window : sequences) {
+    NESTOR_ASSIGN_OR_RETURN(const std::vector<double> values,
+                            LogProbabilities(engine, window, level, /*stride=*/1));
+    for (const double value : values) outputs.push_back({static_cast<float>(value)});
+    if (progress != nullptr) progress->Advance(static_cast<int64_t>(window.size()));
+  }
+  return outputs;
+}
+
+double DivergenceOf(const ModelSpec& spec, const Outputs& a, const Outputs& b) {
+  return spec.is_encoder() ? SimilarityDivergence(a, b) : LogProbabilityDivergence(a, b);
+}
+
+}  // namespace nestor
