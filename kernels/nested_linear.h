@@ -54,6 +54,9 @@ struct LinearWeights {
   FactorView residual;
   FactorView prefix;
   const float* bias = nullptr;  // [out]
+  // Whether the layer cannot bear inputs that are rounded to int8: backends that would round them
+  // multiply it in floating point. What it yields is nearer to the exact product, and slower.
+  bool float_activations = false;
 };
 
 // What one row costs in a layer. `weight_bytes` are the stored bytes a pass reads (codes and

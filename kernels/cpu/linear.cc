@@ -68,11 +68,33 @@ float* LinearRunner::OutputRow(const LinearPart& part, int64_t row) {
 
 void LinearRunner::Run(const LinearCall& call, std::span<const PackedLinear> layers) {
   if (call.rows == 0) return;
+  const auto in_floats = [&](const LinearPart& part) {
+    NESTOR_CHECK(part.layer >= 0 && part.layer < static_cast<LinearId>(layers.size()));
+    return layers[part.layer].float_activations;
+  };
+  const bool has_both = std::any_of(call.parts.begin(), call.parts.end(), in_floats) &&
+                        !std::all_of(call.parts.begin(), call.parts.end(), in_floats);
+  if (call.rows > kMaxFewRows || !has_both) {
+    RunParts(call, layers);
+    return;
+  }
+  rounded_parts_.clear();
+  float_parts_.clear();
+  for (const LinearPart& part : call.parts)
+    (in_floats(part) ? float_parts_ : rounded_parts_).push_back(part);
+  LinearCall some = call;
+  for (const std::vector<LinearPart>* parts : {&rounded_parts_, &float_parts_}) {
+    some.parts = *parts;
+    RunParts(some, layers);
+  }
+}
+
+void LinearRunner::RunParts(const LinearCall& call, std::span<const PackedLinear> layers) {
   PlanCall(call, layers);
-  if (call.rows <= kMaxFewRows) {
-    RunFewRows(call);
-  } else {
+  if (call.rows > kMaxFewRows || (!call.parts.empty() && plans_[0].layer->float_activations)) {
     RunManyRows(call);
+  } else {
+    RunFewRows(call);
   }
 }
 
@@ -154,6 +176,7 @@ void LinearRunner::RunFewRows(const LinearCall& call) {
 
 bool LinearRunner::NeedsCodes(const LinearCall& call) const {
   for (size_t i = 0; i < call.parts.size(); ++i) {
+    if (plans_[i].layer->float_activations) continue;
     if (plans_[i].layer->fine != nullptr) return true;
     for (const RowGroup& group : call.parts[i].groups) {
       if (group.form != Form::kDense) return true;

@@ -37,7 +37,8 @@ struct CodedRows {
 // computes z = A x of every factor and, for every 32 outputs, all that they need: planes, then
 // B z, bias. The coarse plane is read once for residual and dense rows together. More rows: panels
 // are unpacked one by one, for all groups at once, and multiplied in what the machine is fastest
-// at: planes and factors in int8, bf16 weights in bf16, or all in fp32.
+// at: planes and factors in int8, bf16 weights in bf16, or all in fp32. Layers with
+// float_activations go that second way with any number of rows, in fp32.
 //
 // Not thread-safe. Scratch grows to the largest call seen and stays.
 class LinearRunner {
@@ -97,6 +98,7 @@ class LinearRunner {
 
   static const float* InputRow(const LinearCall& call, int64_t row);
   static float* OutputRow(const LinearPart& part, int64_t row);
+  void RunParts(const LinearCall& call, std::span<const PackedLinear> layers);
   // Layers, stages and their place in z_.
   void PlanCall(const LinearCall& call, std::span<const PackedLinear> layers);
 
@@ -126,7 +128,7 @@ class LinearRunner {
   void FinishUnit(const LinearCall& call, const PartPlan& plan, int64_t unit, float* sums,
                   LinearCost* executed);
 
-  // linear_many_rows.cc: more.
+  // linear_many_rows.cc: more, or in fp32.
   void RunManyRows(const LinearCall& call);
   // Blocks of rows, so that every thread keeps to its own.
   int64_t NumBlocks(int64_t rows) const;
@@ -164,7 +166,7 @@ class LinearRunner {
   // Rows of rank 0: the bias alone.
   void SetToBias(const LinearCall& call, const PartPlan& plan, int64_t panel, RowBlock block,
                  const Outputs& to, int thread);
-  Arithmetic ArithmeticOfPlanes() const;  // and of factors
+  Arithmetic ArithmeticOfPlanes(const PackedLinear& layer) const;  // and of factors
   Arithmetic ArithmeticOf(const PackedLinear& layer, Form form) const;
   // Inputs that fit into a panel.
   static int64_t DepthOfPanel(Arithmetic arithmetic);
@@ -189,6 +191,7 @@ class LinearRunner {
 
   const CpuKernels* const kernels_;
   ThreadPool* const pool_;
+  std::vector<LinearPart> rounded_parts_, float_parts_;  // of a call of few rows that has both
   std::vector<PartPlan> plans_;  // of the call at hand in front, older ones after them
   int64_t z_size_ = 0;
   AlignedBuffer<float> z_;

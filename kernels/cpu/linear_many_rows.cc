@@ -1,8 +1,9 @@
-// y = P x + B_r A_r x + bias for more than 16 rows: bound by FLOPs, 2 in (out) or 2 r (in + out) a
-// row. A panel of 16 outputs is unpacked some hundred inputs at a time, stays in the first-level
-// cache and meets a block of rows there; unpacking costs a few per cent of the product. Every core
-// keeps to its rows from layer to layer, since activations that another core has just written
-// travel slower than packed weights.
+// y = P x + B_r A_r x + bias for more than 16 rows, or for any number through layers whose
+// activations are floats: bound by FLOPs, 2 in (out) or 2 r (in + out) a row. A panel of 16
+// outputs is unpacked some hundred inputs at a time, stays in the first-level cache and meets a
+// block of rows there; unpacking costs a few per cent of the product of many. Every core keeps to
+// its rows from layer to layer, since activations that another core has just written travel slower
+// than packed weights.
 //
 // A core of Zen 4 does 3.6 G products of 64 bytes, of 32 bf16 pairs or of 16 floats a second
 // (measured). A group of 32 inputs and 16 outputs takes 11 instructions for a row in int8 (8
@@ -69,7 +70,7 @@ void LinearRunner::ConvertInput(const LinearCall& call) {
                                   ArithmeticOf(*plans_[i].layer, group.form) == Arithmetic::kBf16);
     }
   }
-  const bool needs_codes = ArithmeticOfPlanes() == Arithmetic::kInt8 && NeedsCodes(call);
+  const bool needs_codes = kernels_->int8_gemm != nullptr && NeedsCodes(call);
   if (needs_codes) PrepareCodes(call);
   bf16_stride_ = RoundUp(call.in.cols, 16);
   if (needs_bf16) bf16_input_.GrowTo(call.rows * bf16_stride_);
@@ -105,7 +106,7 @@ void LinearRunner::RunManyRows(const LinearCall& call) {
 
 // Tasks are ordered by blocks, here and below, so that a thread's share of them is its rows.
 void LinearRunner::RunZ(const LinearCall& call) {
-  if (ArithmeticOfPlanes() == Arithmetic::kInt8) z_codes_.GrowTo(z_size_);
+  if (kernels_->int8_gemm != nullptr) z_codes_.GrowTo(z_size_);
   int64_t groups = 0;
   for (size_t i = 0; i < call.parts.size(); ++i)
     groups += NumGroups(plans_[i].residual.max_rank) + NumGroups(plans_[i].prefix.max_rank);
@@ -141,9 +142,9 @@ void LinearRunner::RunAllPanels(const LinearCall& call) {
 bool LinearRunner::RunsInCodes(const LinearCall& call, std::span<const PackedLinear> layers) const {
   for (const LinearPart& part : call.parts) {
     for (const RowGroup& group : part.groups) {
-      const Arithmetic arithmetic = group.form == Form::kPrefix
-                                        ? ArithmeticOfPlanes()
-                                        : ArithmeticOf(layers[part.layer], group.form);
+      const PackedLinear& layer = layers[part.layer];
+      const Arithmetic arithmetic =
+          group.form == Form::kPrefix ? ArithmeticOfPlanes(layer) : ArithmeticOf(layer, group.form);
       if (arithmetic != Arithmetic::kInt8) return false;
     }
   }
@@ -207,14 +208,16 @@ void LinearRunner::ExpandUnit(const MlpCall& call, int64_t unit, RowBlock block,
                             hidden_codes_.offsets.data() + at / kGroupSize, stride / kGroupSize);
 }
 
-LinearRunner::Arithmetic LinearRunner::ArithmeticOfPlanes() const {
-  return kernels_->int8_gemm != nullptr ? Arithmetic::kInt8 : Arithmetic::kFp32;
+LinearRunner::Arithmetic LinearRunner::ArithmeticOfPlanes(const PackedLinear& layer) const {
+  return kernels_->int8_gemm != nullptr && !layer.float_activations ? Arithmetic::kInt8
+                                                                    : Arithmetic::kFp32;
 }
 
 LinearRunner::Arithmetic LinearRunner::ArithmeticOf(const PackedLinear& layer, Form form) const {
-  if (form == Form::kResidual || layer.fine != nullptr) return ArithmeticOfPlanes();
-  return layer.dense_bf16 != nullptr && kernels_->bf16_gemm != nullptr ? Arithmetic::kBf16
-                                                                       : Arithmetic::kFp32;
+  if (form == Form::kResidual || layer.fine != nullptr) return ArithmeticOfPlanes(layer);
+  const bool in_bf16 =
+      layer.dense_bf16 != nullptr && kernels_->bf16_gemm != nullptr && !layer.float_activations;
+  return in_bf16 ? Arithmetic::kBf16 : Arithmetic::kFp32;
 }
 
 int64_t LinearRunner::DepthOfPanel(Arithmetic arithmetic) {
@@ -262,7 +265,7 @@ void LinearRunner::RunGroupOfZ(const LinearCall& call, const PartPlan& plan,
   const int64_t end = std::min(first + kGroupSize, stage.max_rank);
   for (int64_t k = first; k < end; k += kPanelOutputs)
     MultiplyByA(call, plan, stage, k, block, thread);
-  if (ArithmeticOfPlanes() != Arithmetic::kInt8) return;
+  if (ArithmeticOfPlanes(*plan.layer) != Arithmetic::kInt8) return;
   float scales[kGroupSize];
   std::transform(stage.factors->largest_b_scales + first,
                  stage.factors->largest_b_scales + first + kGroupSize, scales, FloatFromBfloat16);
@@ -289,7 +292,7 @@ void LinearRunner::MultiplyByA(const LinearCall& call, const PartPlan& plan,
   const PackedLinear& layer = *plan.layer;
   const std::span<const RowGroup> groups = plan.part->groups;
   const int64_t components = std::min(kPanelOutputs, stage.max_rank - first);
-  const Arithmetic arithmetic = ArithmeticOfPlanes();
+  const Arithmetic arithmetic = ArithmeticOfPlanes(layer);
   const int64_t depth = DepthOfPanel(arithmetic);
   ThreadState& state = threads_[thread];
   for (int64_t begin = 0; begin < layer.in; begin += depth) {
@@ -461,8 +464,8 @@ void LinearRunner::MultiplyByB(const LinearCall& call, const PartPlan& plan,
   const int64_t first = panel * kPanelOutputs;
   const int64_t outputs = std::min(kPanelOutputs, layer.out - first);
   const bool is_prefix = stage.form == Form::kPrefix;
-  const bool in_codes = ArithmeticOfPlanes() == Arithmetic::kInt8;
-  const int64_t depth_of_panel = DepthOfPanel(ArithmeticOfPlanes());
+  const bool in_codes = ArithmeticOfPlanes(layer) == Arithmetic::kInt8;
+  const int64_t depth_of_panel = DepthOfPanel(ArithmeticOfPlanes(layer));
   ThreadState& state = threads_[thread];
   for (int64_t begin = 0; begin < stage.max_rank; begin += depth_of_panel) {
     const int64_t end = std::min(stage.max_rank, begin + depth_of_panel);
@@ -487,7 +490,7 @@ void LinearRunner::MultiplyByB(const LinearCall& call, const PartPlan& plan,
         kernels_->int8_gemm(z_codes_.From(z, stage.z_stride), num_rows, NumGroups(depth),
                             state.panel, bias, out, to.stride, outputs, adds);
       } else {
-        kernels_->gemm(z_.data() + z, stage.z_stride, num_rows, depth, floats, bias, out, layer.out,
+        kernels_->gemm(z_.data() + z, stage.z_stride, num_rows, depth, floats, bias, out, to.stride,
                        outputs, adds);
       }
       state.executed.flops += 2 * num_rows * outputs * depth;

@@ -172,7 +172,8 @@ const uint16_t* PackedLinear::Bf16Panel(int64_t panel) const {
 }
 
 absl::StatusOr<PackedLinear> PackLinear(const LinearWeights& weights, MemoryArena* arena) {
-  PackedLinear layer = {.out = weights.out, .in = weights.in};
+  PackedLinear layer = {
+      .out = weights.out, .in = weights.in, .float_activations = weights.float_activations};
   if (weights.dense_f32 != nullptr) {
     NESTOR_ASSIGN_OR_RETURN(layer.dense_f32,
                             Copied(weights.dense_f32, weights.out * weights.in, arena));

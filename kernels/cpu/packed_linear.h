@@ -53,6 +53,7 @@ struct PackedLinear {
   PackedFactors residual = {};
   PackedFactors prefix = {};
   const float* bias = nullptr;
+  bool float_activations = false;  // multiplied in fp32 by any number of rows
 
   int64_t groups() const { return NumGroups(in); }
   const uint8_t* CoarsePanel(int64_t panel) const;

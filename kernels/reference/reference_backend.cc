@@ -35,6 +35,7 @@ struct ReferenceLinear {
   ReferenceFactors residual;
   ReferenceFactors prefix;
   std::vector<float> bias;
+  bool float_activations = false;
 
   DenseStorage storage() const {
     if (!dense_f32.empty()) return DenseStorage::kF32;
@@ -209,7 +210,8 @@ absl::StatusOr<LinearId> ReferenceBackend::LoadLinear(const LinearWeights& weigh
                            .scales = CopyOf(weights.scales, out * NumGroups(in)),
                            .residual = CopyOf(weights.residual, out, in),
                            .prefix = CopyOf(weights.prefix, out, in),
-                           .bias = CopyOf(weights.bias, out)};
+                           .bias = CopyOf(weights.bias, out),
+                           .float_activations = weights.float_activations};
   weight_bytes_ += 4 * layer.dense_f32.size() + 2 * layer.dense_bf16.size() + layer.coarse.size() +
                    layer.fine.size() + 2 * layer.scales.size() + 4 * layer.bias.size();
   for (const ReferenceFactors* factors : {&layer.residual, &layer.prefix}) {
@@ -389,7 +391,8 @@ void ReferenceBackend::Linear(const LinearCall& call) {
     std::vector<double> y(call.rows * layer.out);
     for (const RowGroup& group : part.groups) {
       const bool reads_codes =
-          group.form != Form::kDense || layer.storage() == DenseStorage::kPlanes;
+          !layer.float_activations &&
+          (group.form != Form::kDense || layer.storage() == DenseStorage::kPlanes);
       RunGroup(layer, group, reads_codes ? quantised.data() : exact.data(), y.data());
     }
     for (int64_t t = 0; t < call.rows; ++t) {

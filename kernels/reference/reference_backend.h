@@ -8,7 +8,8 @@ namespace nestor {
 
 struct ReferenceOptions {
   // Round the input of plane and factor layers to int8 in groups of 32 as the CPU's kernels do (up
-  // to 16 rows, or always with AVX-512), so that little remains between the two.
+  // to 16 rows, or always with AVX-512), so that little remains between the two. Layers with
+  // float_activations are left as they are.
   bool quantises_activations = false;
 };
 

@@ -90,13 +90,14 @@ class LinearForms : public ::testing::TestWithParam<std::tuple<CpuInstructionSet
   CpuInstructionSet instruction_set() const { return std::get<0>(GetParam()); }
   const Case& param() const { return std::get<1>(GetParam()); }
   bool rounds_activations(int64_t rows) const {
-    return RoundsToInt8(instruction_set(), rows) &&
+    return RoundsToInt8(instruction_set(), rows) && !param().shape.float_activations &&
            (param().form != Form::kDense || param().shape.dense == DenseStorage::kPlanes);
   }
   // What rounding anything but the activations may add to the error of a row's outputs.
   std::vector<double> RoundingTolerance(const RandomLayer& layer, int64_t rows,
                                         const std::vector<double>& x) const {
     const Case& c = param();
+    if (c.shape.float_activations) return std::vector<double>(c.shape.out);
     if (rows <= kMaxFewRows) return layer.RoundingOfZ(c.form, c.rank, x);
     std::vector<double> result(c.shape.out);
     if (RoundsToInt8(instruction_set(), rows)) result = layer.RoundingToGroups(c.form, c.rank, x);
@@ -237,6 +238,27 @@ std::vector<Case> Cases() {
        {.out = 37, .in = 91, .dense = DenseStorage::kF32, .has_coarse = false, .has_bias = true},
        Form::kDense,
        0},
+      {"PlanesInFloats",
+       {.out = 45, .in = 277, .dense = kPlanes, .has_bias = true, .float_activations = true},
+       Form::kDense,
+       0},
+      {"ResidualInFloats",
+       {.out = 70,
+        .in = 300,
+        .dense = kPlanes,
+        .residual_rank = 24,
+        .has_bias = true,
+        .float_activations = true},
+       Form::kResidual,
+       13},
+      {"PrefixInFloats",
+       {.out = 300, .in = 40, .dense = kPlanes, .prefix_rank = 290, .float_activations = true},
+       Form::kPrefix,
+       270},
+      {"Bf16InFloats",
+       {.out = 61, .in = 83, .dense = kBf16, .has_coarse = false, .float_activations = true},
+       Form::kDense,
+       0},
   };
 }
 
@@ -265,16 +287,24 @@ std::vector<std::vector<RowGroup>> RandomGroups(int64_t rows, bool is_bf16, uint
   return parts;
 }
 
-std::vector<RandomLayer> MixedLayers(bool is_bf16) {
+// The second one's inputs may stay floats beside those of the others.
+struct MixedCase {
+  bool is_bf16 = false;
+  bool has_floats = false;
+};
+constexpr MixedCase kMixedCases[] = {{false, false}, {true, false}, {false, true}, {true, true}};
+
+std::vector<RandomLayer> MixedLayers(const MixedCase& c) {
   std::vector<RandomLayer> layers;
   for (const int64_t out : {96, 33, 47}) {
     layers.emplace_back(
         RandomLayer::Shape{.out = out,
                            .in = 150,
-                           .dense = is_bf16 ? DenseStorage::kBf16 : DenseStorage::kPlanes,
+                           .dense = c.is_bf16 ? DenseStorage::kBf16 : DenseStorage::kPlanes,
                            .residual_rank = 70,
                            .prefix_rank = 75,
-                           .has_bias = true},
+                           .has_bias = true,
+                           .float_activations = c.has_floats && layers.size() == 1},
         static_cast<uint32_t>(out));
   }
   return layers;
@@ -299,12 +329,12 @@ std::vector<std::vector<float>> RunMixed(const Device& device,
 }
 
 TEST_P(MixedGroups, OfFewRowsEqualTheirRowsAloneBitForBit) {
-  for (const bool is_bf16 : {false, true}) {
-    const std::vector<RandomLayer> layers = MixedLayers(is_bf16);
+  for (const MixedCase& c : kMixedCases) {
+    const std::vector<RandomLayer> layers = MixedLayers(c);
     const Device cpu = Device::Cpu(GetParam(), 2);
     for (uint32_t seed = 0; seed < 20; ++seed) {
       const int64_t rows = 1 + seed % kMaxFewRows;
-      const auto groups = RandomGroups(rows, is_bf16, seed);
+      const auto groups = RandomGroups(rows, c.is_bf16, seed);
       const std::vector<float> x = RandomFloats(rows * 150, seed);
       const auto together = RunMixed(cpu, layers, x, groups);
       for (size_t i = 0; i < layers.size(); ++i) {
@@ -325,24 +355,26 @@ TEST_P(MixedGroups, OfFewRowsEqualTheirRowsAloneBitForBit) {
 }
 
 TEST_P(MixedGroups, OfManyRowsEqualTheReference) {
-  for (const bool is_bf16 : {false, true}) {
-    const std::vector<RandomLayer> layers = MixedLayers(is_bf16);
+  for (const MixedCase& c : kMixedCases) {
+    const std::vector<RandomLayer> layers = MixedLayers(c);
     for (const int64_t rows : {41, 230}) {  // in one block of rows, and in one for each thread
-      const auto groups = RandomGroups(rows, is_bf16, 3);
+      const auto groups = RandomGroups(rows, c.is_bf16, 3);
       const std::vector<float> x = RandomFloats(rows * 150, 4);
       const auto actual = RunMixed(Device::Cpu(GetParam(), 2), layers, x, groups);
       const bool in_int8 = RoundsToInt8(GetParam(), rows);
       const bool in_bf16 = RoundsToBf16(GetParam(), rows);
       const auto expected = RunMixed(Device::Reference(in_int8), layers, x, groups);
       for (size_t i = 0; i < layers.size(); ++i) {
-        const double relative = 2 * 240 * 0x1p-24 + (is_bf16 && in_bf16 ? kBf16Rounding : 0.0);
+        const bool in_floats = layers[i].shape().float_activations;
+        const double relative =
+            2 * 240 * 0x1p-24 + (c.is_bf16 && in_bf16 && !in_floats ? kBf16Rounding : 0.0);
         std::vector<double> tolerance;
         for (const RowGroup& group : groups[i]) {
           for (int64_t t = group.begin; t < group.end; ++t) {
             const std::vector<double> row(x.begin() + t * 150, x.begin() + (t + 1) * 150);
             const std::vector<double> magnitude = layers[i].Magnitude(group.form, group.rank, row);
             std::vector<double> rounding(magnitude.size());
-            if (in_int8) rounding = layers[i].RoundingToGroups(group.form, group.rank, row);
+            if (in_int8 && !in_floats) rounding = layers[i].RoundingToGroups(group.form, group.rank, row);
             for (size_t o = 0; o < magnitude.size(); ++o)
               tolerance.push_back(relative * magnitude[o] + rounding[o]);
           }
@@ -353,8 +385,12 @@ TEST_P(MixedGroups, OfManyRowsEqualTheReference) {
   }
 }
 
+// Which half of an MLP has inputs that stay floats: of the first, `up` alone.
+enum class FloatHalf : uint8_t { kNeither, kFirst, kSecond };
+
 // Layers of an MLP of `hidden` columns, {up, down} or {gate, up, down}.
-std::vector<RandomLayer> MlpLayers(int64_t hidden, bool has_gate, DenseStorage dense) {
+std::vector<RandomLayer> MlpLayers(int64_t hidden, bool has_gate, DenseStorage dense,
+                                   FloatHalf floats) {
   RandomLayer::Shape up = {.out = hidden,
                            .in = 70,
                            .dense = dense,
@@ -366,6 +402,8 @@ std::vector<RandomLayer> MlpLayers(int64_t hidden, bool has_gate, DenseStorage d
   down.in = hidden;
   std::vector<RandomLayer> layers;
   if (has_gate) layers.emplace_back(up, 1);
+  up.float_activations = floats == FloatHalf::kFirst;
+  down.float_activations = floats == FloatHalf::kSecond;
   layers.emplace_back(up, 2);
   layers.emplace_back(down, 3);
   return layers;
@@ -407,34 +445,42 @@ std::vector<float> RunMlp(const Device& device, const std::vector<RandomLayer>& 
   return device.Download(parts.back().out);
 }
 
+void ExpectTheSameInOneCall(CpuInstructionSet set, const std::vector<RandomLayer>& layers,
+                            int64_t rows) {
+  const bool has_gate = layers.size() == 3;
+  auto groups =
+      RandomGroups(rows, /*is_bf16=*/false, static_cast<uint32_t>(layers.back().shape().in));
+  for (auto& part : groups) {
+    for (RowGroup& group : part) group.rank = std::min<int64_t>(group.rank, 40);
+  }
+  std::vector<float> x = RandomFloats(rows * 70, 4);
+  x[3 * 70 + 1] = std::numeric_limits<float>::infinity();  // that row alone is lost
+  const std::vector<float> initial = RandomFloats(rows * 70, 5);
+  const ActivationKind activation = has_gate ? ActivationKind::kSilu : ActivationKind::kGeluErf;
+  const Device cpu = Device::Cpu(set, 2);
+  const auto fused = RunMlp(cpu, layers, x, initial, groups, activation, true);
+  const LinearCost executed = cpu->executed();
+  const Device other = Device::Cpu(set, 2);
+  const auto separate = RunMlp(other, layers, x, initial, groups, activation, false);
+  for (size_t i = 0; i < fused.size(); ++i) {
+    const bool is_lost = i / 70 == 3;
+    ASSERT_EQ(!std::isfinite(fused[i]), is_lost) << i;
+    if (is_lost) continue;
+    ASSERT_EQ(fused[i], separate[i]) << i;
+  }
+  EXPECT_EQ(executed.flops, other->executed().flops);
+  EXPECT_EQ(executed.weight_bytes, other->executed().weight_bytes);
+}
+
 TEST_P(MixedGroups, OfAnMlpGiveTheSameInOneCallBitForBit) {
   for (const DenseStorage dense : {DenseStorage::kPlanes, DenseStorage::kBf16}) {
-    for (const bool has_gate : {false, true}) {
-      for (const int64_t hidden : {64, 83, 160}) {
-        for (const int64_t rows : {5, 41, 230}) {
-          const std::vector<RandomLayer> layers = MlpLayers(hidden, has_gate, dense);
-          auto groups = RandomGroups(rows, /*is_bf16=*/false, static_cast<uint32_t>(hidden));
-          for (auto& part : groups) {
-            for (RowGroup& group : part) group.rank = std::min<int64_t>(group.rank, 40);
+    for (const FloatHalf floats : {FloatHalf::kNeither, FloatHalf::kFirst, FloatHalf::kSecond}) {
+      for (const bool has_gate : {false, true}) {
+        for (const int64_t hidden : {64, 83, 160}) {
+          if (floats != FloatHalf::kNeither && hidden != 83) continue;
+          for (const int64_t rows : {5, 41, 230}) {
+            ExpectTheSameInOneCall(GetParam(), MlpLayers(hidden, has_gate, dense, floats), rows);
           }
-          std::vector<float> x = RandomFloats(rows * 70, 4);
-          x[3 * 70 + 1] = std::numeric_limits<float>::infinity();  // that row alone is lost
-          const std::vector<float> initial = RandomFloats(rows * 70, 5);
-          const ActivationKind activation =
-              has_gate ? ActivationKind::kSilu : ActivationKind::kGeluErf;
-          const Device cpu = Device::Cpu(GetParam(), 2);
-          const auto fused = RunMlp(cpu, layers, x, initial, groups, activation, true);
-          const LinearCost executed = cpu->executed();
-          const Device other = Device::Cpu(GetParam(), 2);
-          const auto separate = RunMlp(other, layers, x, initial, groups, activation, false);
-          for (size_t i = 0; i < fused.size(); ++i) {
-            const bool is_lost = i / 70 == 3;
-            ASSERT_EQ(std::isnan(fused[i]), is_lost) << i;
-            if (is_lost) continue;
-            ASSERT_EQ(fused[i], separate[i]) << i;
-          }
-          EXPECT_EQ(executed.flops, other->executed().flops);
-          EXPECT_EQ(executed.weight_bytes, other->executed().weight_bytes);
         }
       }
     }
@@ -442,10 +488,10 @@ TEST_P(MixedGroups, OfAnMlpGiveTheSameInOneCallBitForBit) {
 }
 
 TEST_P(MixedGroups, ReadEveryPartOnceAndCountItOnce) {
-  for (const bool is_bf16 : {false, true}) {
-    const std::vector<RandomLayer> layers = MixedLayers(is_bf16);
+  for (const MixedCase& c : kMixedCases) {
+    const std::vector<RandomLayer> layers = MixedLayers(c);
     for (const int64_t rows : {12, 41, 230}) {
-      const auto groups = RandomGroups(rows, is_bf16, 5);
+      const auto groups = RandomGroups(rows, c.is_bf16, 5);
       const std::vector<float> x = RandomFloats(rows * 150, 4);
       const Device cpu = Device::Cpu(GetParam(), 2);
       const Device reference = Device::Reference(false);

@@ -99,7 +99,8 @@ LinearWeights RandomLayer::View() const {
           .scales = data(scales_),
           .residual = residual_.View(),
           .prefix = prefix_.View(),
-          .bias = data(bias_)};
+          .bias = data(bias_),
+          .float_activations = shape_.float_activations};
 }
 
 double RandomLayer::WeightAt(Form form, int64_t row, int64_t col) const {

@@ -19,6 +19,7 @@ class RandomLayer {
     int64_t residual_rank = 0;
     int64_t prefix_rank = 0;
     bool has_bias = false;
+    bool float_activations = false;
   };
   RandomLayer(const Shape& shape, uint32_t seed);
 
