@@ -202,6 +202,7 @@ absl::Status NestedModel::ReadCheckpoint() {
   dense_storage_ = is_all_bf16 ? DenseStorage::kBf16 : DenseStorage::kF32;
   residual_ranks_.assign(layers_.size(), 0);
   prefix_ranks_.assign(layers_.size(), 0);
+  float_activations_.assign(layers_.size(), false);
   return SetLevels({Level{.ladder = "full", .profile = Profile(layers_.size())}});
 }
 
@@ -210,7 +211,7 @@ absl::Status NestedModel::ReadArtifact() {
   description_ = Json::parse(text, nullptr, /*allow_exceptions=*/false);
   if (!description_.is_object()) return DescriptionError(directory_, "expected a JSON object");
   NESTOR_RETURN_IF_ERROR(ReadStorage());
-  NESTOR_RETURN_IF_ERROR(ReadStoredRanks());
+  NESTOR_RETURN_IF_ERROR(ReadLayers());
   NESTOR_ASSIGN_OR_RETURN(tensors_, TensorFile::Open({directory_ + "/nested.safetensors"}));
   NESTOR_RETURN_IF_ERROR(VerifyTensors());
   return ReadLevels();
@@ -245,7 +246,7 @@ absl::Status NestedModel::ReadStorage() {
   return absl::OkStatus();
 }
 
-absl::Status NestedModel::ReadStoredRanks() {
+absl::Status NestedModel::ReadLayers() {
   const Json layers = description_.value("layers", Json());
   if (!layers.is_array() || layers.size() != layers_.size()) {
     return DescriptionError(directory_,
@@ -268,7 +269,19 @@ absl::Status NestedModel::ReadStoredRanks() {
       }
       ranks->push_back(rank.get<int64_t>());
     }
+    NESTOR_RETURN_IF_ERROR(ReadActivations(i, layer));
   }
+  return absl::OkStatus();
+}
+
+absl::Status NestedModel::ReadActivations(size_t layer, const Json& json) {
+  const Json activations = json.value("activations", Json());
+  if (json.contains("activations") && activations != "float") {
+    return DescriptionError(
+        directory_, absl::StrCat("layers[", layer, "].activations: ", activations.dump(),
+                                 ", expected \"float\", or ", "no such key where int8 will do"));
+  }
+  float_activations_.push_back(activations == "float");
   return absl::OkStatus();
 }
 
@@ -389,7 +402,10 @@ absl::StatusOr<std::vector<float>> NestedModel::Bias(size_t layer) const {
 absl::StatusOr<LinearWeights> NestedModel::Weights(size_t layer,
                                                    std::vector<float>* scratch) const {
   const LinearSpec& spec = layers_[layer];
-  LinearWeights weights{.name = spec.name, .out = spec.out, .in = spec.in};
+  LinearWeights weights{.name = spec.name,
+                        .out = spec.out,
+                        .in = spec.in,
+                        .float_activations = float_activations_[layer]};
   NESTOR_ASSIGN_OR_RETURN(*scratch, Bias(layer));
   if (!is_artifact_) {
     if (dense_storage_ == DenseStorage::kBf16) {
@@ -510,6 +526,11 @@ absl::Status NestedModel::SetProbes(std::vector<Level> levels) {
   NESTOR_RETURN_IF_ERROR(FillInCosts(&levels));
   levels_ = std::move(levels);
   return absl::OkStatus();
+}
+
+void NestedModel::SetFloatActivations(std::vector<bool> float_activations) {
+  NESTOR_CHECK(float_activations.size() == layers_.size());
+  float_activations_ = std::move(float_activations);
 }
 
 }  // namespace nestor

@@ -62,6 +62,8 @@ class NestedModel {
   DenseStorage dense_storage() const { return dense_storage_; }
   // Stored components of a layer; 0 where it has none of that form.
   int64_t StoredRank(size_t layer, Form form) const;
+  // Whether a layer's inputs must not be rounded to int8 (LinearWeights).
+  bool HasFloatActivations(size_t layer) const { return float_activations_[layer]; }
   const nlohmann::json& description() const { return description_; }  // nested.json, or null
 
   // The stored parts of one layer, borrowed from the mapped file. A source checkpoint's weights
@@ -80,12 +82,16 @@ class NestedModel {
   absl::Status SetLevels(std::vector<Level> levels);
   // The same for levels that are only measured, never written: they need not be nested.
   absl::Status SetProbes(std::vector<Level> levels);
+  // Replaces, layer by layer, what HasFloatActivations says; for compression as well. REQUIRES: an
+  // entry for every layer.
+  void SetFloatActivations(std::vector<bool> float_activations);
 
  private:
   NestedModel() = default;
   absl::Status ReadArtifact();
   absl::Status ReadStorage();
-  absl::Status ReadStoredRanks();
+  absl::Status ReadLayers();
+  absl::Status ReadActivations(size_t layer, const nlohmann::json& json);
   absl::Status ReadLevels();
   absl::Status VerifyTensors() const;
   absl::Status ReadCheckpoint();
@@ -103,6 +109,7 @@ class NestedModel {
   bool has_coarse_plane_ = false;
   std::vector<int64_t> residual_ranks_;  // by layer
   std::vector<int64_t> prefix_ranks_;
+  std::vector<bool> float_activations_;
   nlohmann::json description_;
   std::unique_ptr<TensorFile> tensors_;
 };
