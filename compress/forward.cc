@@ -58,10 +58,10 @@ absl::Status EmbedBatch(Engine* engine, const TokenSequences& sentences, size_t 
 
 absl::StatusOr<std::unique_ptr<Engine>> OpenEngine(std::unique_ptr<NestedModel> model,
                                                    const BackendFactory& make_backend,
-                                                   int64_t positions) {
+                                                   int64_t positions, int64_t max_rows) {
   NESTOR_ASSIGN_OR_RETURN(std::unique_ptr<Backend> backend, make_backend());
   EngineOptions options;
-  options.max_step_rows = kWindowTokens;
+  options.max_step_rows = max_rows;
   const ModelSpec& spec = model->spec();
   options.kv_cache_bytes =
       backend->KvCacheBytes({.num_layers = spec.num_blocks,

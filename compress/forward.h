@@ -16,10 +16,11 @@ namespace nestor {
 
 using BackendFactory = std::function<absl::StatusOr<std::unique_ptr<Backend>>()>;
 
-// An engine with a KV cache of `positions`, all sequences together.
+// An engine with a KV cache of `positions`, all sequences together, whose steps have `max_rows`.
 absl::StatusOr<std::unique_ptr<Engine>> OpenEngine(std::unique_ptr<NestedModel> model,
                                                    const BackendFactory& make_backend,
-                                                   int64_t positions);
+                                                   int64_t positions,
+                                                   int64_t max_rows = kWindowTokens);
 
 struct WindowScore {
   double log_likelihood = 0;  // of the scored tokens, natural logarithm

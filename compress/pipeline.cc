@@ -21,6 +21,7 @@
 #include "base/mutex.h"
 #include "base/progress.h"
 #include "base/status_macros.h"
+#include "compress/activations.h"
 #include "compress/calibrate.h"
 #include "compress/divergence.h"
 #include "compress/evaluate.h"
@@ -53,6 +54,10 @@ constexpr double kLargestAdditiveRatio = 1.5;
 // A language model's tokens give a value each, an encoder's a value for each pair of sentences.
 constexpr int64_t kLanguageModelEvaluationTokens = 4096;
 constexpr int64_t kEncoderEvaluationTokens = 32768;
+constexpr int64_t kLanguageModelActivationTokens = 2048;
+constexpr int64_t kEncoderActivationTokens = 8192;
+// A model that does not bear int8 takes a dozen passes, which may be rough ones.
+constexpr int64_t kRoughActivationShare = 4;
 
 // A ladder to choose levels of.
 struct LadderPlan {
@@ -134,7 +139,9 @@ class Compression {
   absl::Status CompareLosses(const std::vector<Level>& levels);
   absl::Status RefitPrefix(const std::vector<Level>& levels);
   absl::Status WriteParts(const std::vector<Level>& levels);
+  absl::StatusOr<std::unique_ptr<NestedModel>> OpenModel(std::vector<Level> levels) const;
   absl::StatusOr<std::unique_ptr<Engine>> OpenParts(std::vector<Level> levels) const;
+  absl::Status ChooseActivations(const std::vector<Level>& levels);
   absl::StatusOr<std::vector<Level>> MeasureLevels(std::vector<Level> levels);
   absl::Status WriteDescription(const std::vector<Level>* levels) const;
 
@@ -167,6 +174,7 @@ class Compression {
   size_t text_sequences_ = 0;  // of corpus_.calibration; sampled ones follow
   std::optional<LayerTimes> layer_times_;
   StoredRanks stored_ranks_;
+  std::vector<bool> float_activations_;  // by layer
   std::map<std::string, std::string> checksums_;
   CompressReport report_;
 };
@@ -247,6 +255,7 @@ absl::Status Compression::OpenSource() {
   NESTOR_RETURN_IF_ERROR(CheckFinite(*source_));
   NESTOR_ASSIGN_OR_RETURN(source_sha256_, Sha256OfFiles(source_->tensors().paths()));
   inputs_ = LayerInputsOf(source_->layers());
+  float_activations_.assign(source_->layers().size(), options_.activations == Activations::kFloat);
   NESTOR_ASSIGN_OR_RETURN(std::unique_ptr<NestedModel> model, NestedModel::Open(options_.source));
   const int64_t sequences = self_sample_tokens_ > 0 ? kSelfSampleBatch : 1;
   NESTOR_ASSIGN_OR_RETURN(source_engine_, OpenEngine(std::move(model), options_.make_backend,
@@ -646,6 +655,7 @@ absl::Status Compression::WriteDescription(const std::vector<Level>* levels) con
                       {"in", layer.in},
                       {"residual_rank", stored_ranks_.residual[i]},
                       {"prefix_rank", stored_ranks_.prefix[i]}});
+    if (float_activations_[i]) layers.back()["activations"] = "float";
   }
   Json description = {
       {"format", "nestor-nested"},
@@ -673,9 +683,15 @@ absl::Status Compression::WriteDescription(const std::vector<Level>* levels) con
   return WriteFileAtomically(partial_ + "/nested.json", description.dump(1));
 }
 
-absl::StatusOr<std::unique_ptr<Engine>> Compression::OpenParts(std::vector<Level> levels) const {
+absl::StatusOr<std::unique_ptr<NestedModel>> Compression::OpenModel(
+    std::vector<Level> levels) const {
   NESTOR_ASSIGN_OR_RETURN(std::unique_ptr<NestedModel> model, NestedModel::Open(partial_));
   NESTOR_RETURN_IF_ERROR(model->SetLevels(std::move(levels)));
+  return model;
+}
+
+absl::StatusOr<std::unique_ptr<Engine>> Compression::OpenParts(std::vector<Level> levels) const {
+  NESTOR_ASSIGN_OR_RETURN(std::unique_ptr<NestedModel> model, OpenModel(std::move(levels)));
   return OpenEngine(std::move(model), options_.make_backend, kWindowTokens);
 }
 
@@ -713,6 +729,32 @@ absl::Status Compression::RefitPrefix(const std::vector<Level>& levels) {
   return WriteParts(levels);
 }
 
+absl::Status Compression::ChooseActivations(const std::vector<Level>& levels) {
+  if (options_.activations != Activations::kAuto) return absl::OkStatus();
+  const auto open_model = [&] { return OpenModel(levels); };
+  const bool is_encoder = source_->spec().is_encoder();
+  const int64_t tokens = is_encoder ? kEncoderActivationTokens : kLanguageModelActivationTokens;
+  ActivationProbe probe(open_model, options_.make_backend, corpus_.calibration, tokens, is_encoder);
+  ActivationProbe rough_probe(open_model, options_.make_backend, corpus_.calibration,
+                              tokens / kRoughActivationShare, is_encoder);
+  const std::vector<LinearSpec>& layers = source_->layers();
+  NESTOR_ASSIGN_OR_RETURN(
+      const ActivationChoice choice,
+      nestor::ChooseActivations(
+          layers, [&](const std::vector<bool>& is_float) { return probe.Loss(is_float); },
+          [&](const std::vector<bool>& is_float) { return rough_probe.Loss(is_float); }));
+  if (choice.loss == choice.int8_loss) {
+    report_.notes.push_back(
+        absl::StrFormat("int8 activations cost %.2f %%", 100 * choice.int8_loss));
+    return absl::OkStatus();
+  }
+  report_.notes.push_back(absl::StrFormat(
+      "int8 activations would cost %.2f %%: with floats for %s they cost %.2f %%",
+      100 * choice.int8_loss, FloatLayers(layers, choice.is_float), 100 * choice.loss));
+  float_activations_ = choice.is_float;
+  return WriteDescription(nullptr);
+}
+
 absl::StatusOr<std::vector<Level>> Compression::MeasureLevels(std::vector<Level> levels) {
   NESTOR_ASSIGN_OR_RETURN(const std::unique_ptr<Engine> engine, OpenParts(std::move(levels)));
   NESTOR_ASSIGN_OR_RETURN(const std::vector<LevelMetrics> metrics,
@@ -735,6 +777,7 @@ absl::StatusOr<CompressReport> Compression::Run() {
     if (is_measured()) NESTOR_RETURN_IF_ERROR(CompareLosses(levels));
     if (options_.refit_tokens > 0) NESTOR_RETURN_IF_ERROR(RefitPrefix(levels));
     spill_.reset();
+    NESTOR_RETURN_IF_ERROR(ChooseActivations(levels));
     NESTOR_ASSIGN_OR_RETURN(const std::vector<Level> measured, MeasureLevels(levels));
     report_.levels = WithoutInversions(measured, &report_.notes);
     KeepSearched(report_.levels, &report_.search);

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "compress/activations.h"
 #include "compress/allocate.h"
 #include "compress/corpus.h"
 #include "compress/forward.h"
@@ -59,6 +60,8 @@ struct CompressOptions {
   // all. A residual ladder gains nothing from it (measured) and is left as it is.
   int64_t refit_tokens = 12288;
   RankSearchOptions search;
+  // Layers whose inputs stay floats: chosen by measurement, none, or all.
+  Activations activations = Activations::kAuto;
   int threads = 1;  // layers decomposed side by side
   BackendFactory make_backend;
   AllocateFunction allocate;  // unset: by `search`

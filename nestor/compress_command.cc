@@ -62,6 +62,14 @@ absl::StatusOr<DenseStorage> ParseDtype(const std::string& name) {
   return UsageError(absl::StrCat("--dtype: expected int8 or bf16; was \"", name, "\""));
 }
 
+absl::StatusOr<Activations> ParseActivations(const std::string& name) {
+  if (name == "auto") return Activations::kAuto;
+  if (name == "int8") return Activations::kInt8;
+  if (name == "float") return Activations::kFloat;
+  return UsageError(
+      absl::StrCat("--activations: expected auto, int8 or float; was \"", name, "\""));
+}
+
 }  // namespace
 
 absl::Status RunCompress(const std::vector<std::string>& arguments) {
@@ -70,6 +78,7 @@ absl::Status RunCompress(const std::vector<std::string>& arguments) {
   std::string ladder = "residual";
   std::string dtype = "int8";
   std::string search, objective, costs;
+  std::string activations = "auto";
   int64_t levels = options.levels;
   bool prints_json = false;
   Flags flags("nestor compress HF_DIR OUT --calibration FILE [flags]",
@@ -84,6 +93,9 @@ absl::Status RunCompress(const std::vector<std::string>& arguments) {
             "residual (cheaper bytes), prefix (cheaper FLOPs), both, or mixed (every layer in the "
             "form that serves it best; with --search measured)");
   flags.Add("dtype", &dtype, "of the full level: int8 or bf16");
+  flags.Add("activations", &activations,
+            "of layers' inputs: int8, float, or auto: int8 but for layers whose measured loss is "
+            "too large");
   flags.Add("levels", &levels, "levels of each ladder, beside the full one");
   flags.Add("calibration-tokens", &options.corpus.calibration_tokens,
             "tokens of text to calibrate with");
@@ -125,6 +137,7 @@ absl::Status RunCompress(const std::vector<std::string>& arguments) {
   options.output = positional[1];
   NESTOR_ASSIGN_OR_RETURN(options.ladder, ParseLadder(ladder));
   NESTOR_ASSIGN_OR_RETURN(options.dense, ParseDtype(dtype));
+  NESTOR_ASSIGN_OR_RETURN(options.activations, ParseActivations(activations));
   NESTOR_ASSIGN_OR_RETURN(options.levels, ToInt32("levels", levels));
   NESTOR_ASSIGN_OR_RETURN(options.search.method, ParseSearch(search));
   NESTOR_ASSIGN_OR_RETURN(options.search.objective, ParseObjective(objective));

@@ -41,6 +41,13 @@ class RandomWeights {
     Add(name + ".weight", {out, in}, 1.2 / std::sqrt(static_cast<double>(in)));
     if (has_bias) Add(name + ".bias", {out}, 0.1);
   }
+  // Multiplies every 32nd row, or column, of the matrix that was added last.
+  void ScaleRows(float factor) {
+    ScaleWhere(factor, [](int64_t row, int64_t) { return row % 32 == 0; });
+  }
+  void ScaleColumns(float factor) {
+    ScaleWhere(factor, [](int64_t, int64_t column) { return column % 32 == 0; });
+  }
   void AddLayerNorm(const std::string& name, int64_t size) {
     Add(name + ".weight", {size}, 0.1, 1);
     Add(name + ".bias", {size}, 0.1);
@@ -64,6 +71,14 @@ class RandomWeights {
   }
 
  private:
+  template <typename Predicate>
+  void ScaleWhere(float factor, Predicate is_scaled) {
+    const int64_t columns = entries_.back().shape[1];
+    for (int64_t i = 0; i < std::ssize(values_.back()); ++i) {
+      if (is_scaled(i / columns, i % columns)) values_.back()[static_cast<size_t>(i)] *= factor;
+    }
+  }
+
   std::mt19937_64 random_;
   const bool stores_bf16_;
   std::vector<TensorFileWriter::Entry> entries_;
@@ -206,7 +221,9 @@ absl::Status WriteTinyLlama(const std::string& directory, const TinyCheckpointOp
     weights.AddLinear(block + "self_attn.o_proj", options.hidden, options.hidden, false);
     weights.AddLinear(block + "mlp.gate_proj", options.mlp_size, options.hidden, false);
     weights.AddLinear(block + "mlp.up_proj", options.mlp_size, options.hidden, false);
+    weights.ScaleRows(options.outlier);
     weights.AddLinear(block + "mlp.down_proj", options.hidden, options.mlp_size, false);
+    weights.ScaleColumns(1 / options.outlier);
     weights.Add(block + "input_layernorm.weight", {options.hidden}, 0.1, 1);
     weights.Add(block + "post_attention_layernorm.weight", {options.hidden}, 0.1, 1);
   }

@@ -17,6 +17,9 @@ struct TinyCheckpointOptions {
   int64_t mlp_size = 100;
   int64_t context_length = 256;
   bool tied_head = true;  // Llama only
+  // Llama only: every 32nd input of a down projection is so many times larger, and its weights so
+  // many times smaller, which changes nothing but what an input's neighbours in a group round to.
+  float outlier = 1;
   bool stores_bf16 = false;
   uint64_t seed = 1;
 };
