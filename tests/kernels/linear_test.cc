@@ -374,7 +374,8 @@ TEST_P(MixedGroups, OfManyRowsEqualTheReference) {
             const std::vector<double> row(x.begin() + t * 150, x.begin() + (t + 1) * 150);
             const std::vector<double> magnitude = layers[i].Magnitude(group.form, group.rank, row);
             std::vector<double> rounding(magnitude.size());
-            if (in_int8 && !in_floats) rounding = layers[i].RoundingToGroups(group.form, group.rank, row);
+            if (in_int8 && !in_floats)
+              rounding = layers[i].RoundingToGroups(group.form, group.rank, row);
             for (size_t o = 0; o < magnitude.size(); ++o)
               tolerance.push_back(relative * magnitude[o] + rounding[o]);
           }
