@@ -8,6 +8,7 @@
 #include "absl/strings/str_join.h"
 #include "base/progress.h"
 #include "base/status_macros.h"
+#include "compress/divergence.h"
 #include "compress/evaluate.h"
 #include "compress/sensitivity.h"
 
@@ -180,6 +181,12 @@ absl::StatusOr<std::vector<double>> ActivationProbe::OutputsOf(
 absl::StatusOr<double> ActivationProbe::Loss(const std::vector<bool>& is_float) {
   if (exact_.empty()) {
     NESTOR_ASSIGN_OR_RETURN(exact_, OutputsOf(std::vector<bool>(is_float.size(), true)));
+    if (exact_.size() < kMinOutputs) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("too little calibration text to measure activations: ", exact_.size(), " ",
+                       is_encoder_ ? "pairs of sentences" : "tokens", ", needs at least ",
+                       kMinOutputs, "; --activations int8 or float measures nothing"));
+    }
   }
   NESTOR_ASSIGN_OR_RETURN(const std::vector<double> outputs, OutputsOf(is_float));
   if (is_encoder_) return 1 - Spearman(outputs, exact_);

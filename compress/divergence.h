@@ -13,6 +13,9 @@ namespace nestor {
 // is changed it adds up over independent changes, and it needs far less text than a difference of
 // losses, whose first-order part is noise.
 
+// Fewer outputs than this say nothing.
+inline constexpr size_t kMinOutputs = 3;
+
 // One vector for each token but the last of a window (its log-probability), or for each sentence
 // (its embedding). `progress` (may be null) advances by the tokens processed.
 using Outputs = std::vector<std::vector<float>>;

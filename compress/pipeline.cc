@@ -139,6 +139,11 @@ class Compression {
   absl::Status CompareLosses(const std::vector<Level>& levels);
   absl::Status RefitPrefix(const std::vector<Level>& levels);
   absl::Status WriteParts(const std::vector<Level>& levels);
+  // What the calibration rests on.
+  std::string CalibrationKey() const;
+  // Of the calibration text without sampled sequences, which a run that resumes may not have: about
+  // `tokens` from its beginning, or evenly taken for probes.
+  TokenSequences FirstSequences(int64_t tokens) const;
   absl::StatusOr<std::unique_ptr<NestedModel>> OpenModel(std::vector<Level> levels) const;
   absl::StatusOr<std::unique_ptr<Engine>> OpenParts(std::vector<Level> levels) const;
   absl::Status ChooseActivations(const std::vector<Level>& levels);
@@ -298,9 +303,7 @@ void Compression::PlanLadders() {
 }
 
 absl::Status Compression::Calibrate() {
-  const std::string key =
-      absl::StrCat("source ", source_sha256_, ", text ", corpus_.calibration_sha256, ", tokens ",
-                   options_.corpus.calibration_tokens, ", sampled ", self_sample_tokens_);
+  const std::string key = CalibrationKey();
   const SelfSampleOptions sample{.tokens = self_sample_tokens_};
   const int64_t sequences =
       static_cast<int64_t>(corpus_.calibration.size()) + SampledSequences(*source_engine_, sample);
@@ -410,18 +413,24 @@ absl::Status Compression::WeightBySensitivity(LadderPlan* ladder) {
   const std::vector<Level> chain = ProbeChain(probes, groups, ladder->name);
   NESTOR_RETURN_IF_ERROR(WriteParts(chain));
   NESTOR_ASSIGN_OR_RETURN(const std::unique_ptr<Engine> engine, OpenParts(chain));
-  TokenSequences sequences;
-  for (const std::vector<int32_t>& sequence : corpus_.calibration) {
-    if (CountTokens(sequences) >= kProbeTokens) break;
-    sequences.push_back(sequence);
-  }
   NESTOR_ASSIGN_OR_RETURN(const std::vector<double> measured,
-                          MeasureGroups(engine.get(), sequences));
+                          MeasureGroups(engine.get(), FirstSequences(kProbeTokens)));
   nestor::WeightErrors(measured, groups, probes, &ladder->options);
   return absl::OkStatus();
 }
 
-// Evenly over the calibration text, as a run that resumes has it too.
+std::string Compression::CalibrationKey() const {
+  return absl::StrCat("source ", source_sha256_, ", text ", corpus_.calibration_sha256, ", tokens ",
+                      options_.corpus.calibration_tokens, ", sampled ", self_sample_tokens_);
+}
+
+TokenSequences Compression::FirstSequences(int64_t tokens) const {
+  TokenSequences sequences;
+  for (size_t i = 0; i < text_sequences_ && CountTokens(sequences) < tokens; ++i)
+    sequences.push_back(corpus_.calibration[i]);
+  return sequences;
+}
+
 TokenSequences Compression::ProbeText() const {
   const int64_t tokens = options_.search.probe_tokens.value_or(
       source_->spec().is_encoder() ? kEncoderProbeTokens : kLanguageModelProbeTokens);
@@ -465,11 +474,10 @@ absl::Status Compression::ProbeLayers() {
                           LayerTimes::Measure(*model, options_.make_backend, options_.search.rows));
 
   const TokenSequences sequences = ProbeText();
-  const std::string key =
-      absl::StrCat("source ", source_sha256_, ", text ", corpus_.calibration_sha256, ", tokens ",
-                   options_.corpus.calibration_tokens, ", sampled ", self_sample_tokens_,
-                   ", dense ", options_.dense == DenseStorage::kPlanes ? "int8" : "bf16",
-                   ", probe tokens ", CountTokens(sequences));
+  const std::string key = absl::StrCat(
+      CalibrationKey(), ", dense ", options_.dense == DenseStorage::kPlanes ? "int8" : "bf16",
+      ", inputs ", options_.activations == Activations::kFloat ? "float" : "int8",
+      ", probe tokens ", CountTokens(sequences));
   NESTOR_ASSIGN_OR_RETURN(ProbeLog log,
                           ProbeLog::Open(calibration_directory_ + "/probes.jsonl", key));
   NESTOR_RETURN_IF_ERROR(model->SetProbes(ProbeLevels(probes, num_layers)));
@@ -714,18 +722,12 @@ absl::Status Compression::RefitPrefix(const std::vector<Level>& levels) {
     const bool is_refitted = layers[i].role != LinearRole::kHead && stored_ranks_.prefix[i] > 0;
     options.ranks.push_back(is_refitted ? PrefixRanks(layers[i].out, layers[i].in).back() : 0);
   }
-  TokenSequences sequences;
-  for (const std::vector<int32_t>& sequence : corpus_.calibration) {
-    if (CountTokens(sequences) >= options_.refit_tokens) break;
-    sequences.push_back(sequence);
-  }
-  NESTOR_ASSIGN_OR_RETURN(std::unique_ptr<NestedModel> model, NestedModel::Open(partial_));
-  NESTOR_RETURN_IF_ERROR(model->SetLevels(levels));
-  NESTOR_RETURN_IF_ERROR(RefitFactors(std::move(model), *source_, sequences, options,
-                                      options_.make_backend,
-                                      [&](size_t layer, const FactorPair& factors) {
-                                        return ReplacePrefix(layers[layer], factors, spill_.get());
-                                      }));
+  NESTOR_ASSIGN_OR_RETURN(std::unique_ptr<NestedModel> model, OpenModel(levels));
+  NESTOR_RETURN_IF_ERROR(
+      RefitFactors(std::move(model), *source_, FirstSequences(options_.refit_tokens), options,
+                   options_.make_backend, [&](size_t layer, const FactorPair& factors) {
+                     return ReplacePrefix(layers[layer], factors, spill_.get());
+                   }));
   return WriteParts(levels);
 }
 
@@ -734,8 +736,9 @@ absl::Status Compression::ChooseActivations(const std::vector<Level>& levels) {
   const auto open_model = [&] { return OpenModel(levels); };
   const bool is_encoder = source_->spec().is_encoder();
   const int64_t tokens = is_encoder ? kEncoderActivationTokens : kLanguageModelActivationTokens;
-  ActivationProbe probe(open_model, options_.make_backend, corpus_.calibration, tokens, is_encoder);
-  ActivationProbe rough_probe(open_model, options_.make_backend, corpus_.calibration,
+  const TokenSequences text = FirstSequences(tokens);
+  ActivationProbe probe(open_model, options_.make_backend, text, tokens, is_encoder);
+  ActivationProbe rough_probe(open_model, options_.make_backend, text,
                               tokens / kRoughActivationShare, is_encoder);
   const std::vector<LinearSpec>& layers = source_->layers();
   NESTOR_ASSIGN_OR_RETURN(

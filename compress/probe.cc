@@ -7,6 +7,7 @@
 #include <limits>
 #include <utility>
 
+#include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
 #include "base/file.h"
 #include "base/progress.h"
@@ -123,10 +124,15 @@ absl::StatusOr<ProbeLog> ProbeLog::Open(const std::string& path, const std::stri
         absl::StrSplit(text->substr(kept.size()), '\n', absl::SkipEmpty());
     for (const std::string& line : lines) {
       const Json entry = Json::parse(line, nullptr, /*allow_exceptions=*/false);
-      if (!entry.is_object() || !entry.contains("loss") || !entry["loss"].is_number()) break;
-      const Probe probe = {
-          .layer = entry.value("layer", size_t{0}),
-          .choice = {static_cast<Form>(entry.value("form", 0)), entry.value("rank", int64_t{0})}};
+      const auto is_count = [&](const char* name) {
+        return entry.contains(name) && entry[name].is_number_unsigned();
+      };
+      if (!entry.is_object() || !is_count("layer") || !is_count("form") || !is_count("rank") ||
+          !entry.contains("loss") || !entry["loss"].is_number()) {
+        break;
+      }
+      const Probe probe = {.layer = entry["layer"],
+                           .choice = {static_cast<Form>(entry["form"].get<int>()), entry["rank"]}};
       log.losses_[{probe.layer, probe.choice.form, probe.choice.rank}] = entry["loss"];
       kept += line + "\n";
     }
@@ -166,6 +172,12 @@ absl::StatusOr<int64_t> MeasureProbes(Engine* engine, const TokenSequences& sequ
   Progress progress("Probing layers", (left + 1) * CountTokens(sequences));
   const int full = static_cast<int>(probes->size());
   NESTOR_ASSIGN_OR_RETURN(const Outputs whole, OutputsAt(engine, sequences, full, &progress));
+  if (whole.size() < kMinOutputs) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("too little calibration text to probe layers: ", whole.size(), " ",
+                     engine->model().spec().is_encoder() ? "sentences" : "tokens",
+                     ", needs at least ", kMinOutputs));
+  }
   for (size_t i = 0; i < probes->size(); ++i) {
     Probe& probe = (*probes)[i];
     if (log->Find(probe) != nullptr) continue;

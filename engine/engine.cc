@@ -104,11 +104,11 @@ class TransformerEngine final : public Engine {
 
  private:
   bool has_cache() const { return !model_->spec().is_encoder(); }
-  // Room for what a step may hold, so that no step has to grow it.
+  // Room for what a step of decoding may hold, so that none has to grow it.
   void ReserveScratch();
   absl::Status Validate(const StepPlan& plan) const;
   absl::Status ValidateEntry(const StepEntry& entry) const;
-  // Fills in executed_levels_.
+  // Fills in executed_.
   void ChooseLevels(const StepPlan& plan);
   void LayOutRows(const StepPlan& plan);
   void DeliverLogits(const StepPlan& plan, StepResult* result);

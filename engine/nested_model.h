@@ -45,7 +45,8 @@ struct Level {
 };
 
 // A model in its directory, ready to be loaded into a backend: an artifact with all its levels, or
-// a source checkpoint, which has the full level only. Immutable; thread-safe.
+// a source checkpoint, which has the full level only. Immutable and
+// thread-safe once an engine has it.
 class NestedModel {
  public:
   // `directory` is told apart by its nested.json. Verifies sizes, nesting and (artifacts)
@@ -62,8 +63,6 @@ class NestedModel {
   DenseStorage dense_storage() const { return dense_storage_; }
   // Stored components of a layer; 0 where it has none of that form.
   int64_t StoredRank(size_t layer, Form form) const;
-  // Whether a layer's inputs must not be rounded to int8 (LinearWeights).
-  bool HasFloatActivations(size_t layer) const { return float_activations_[layer]; }
   const nlohmann::json& description() const { return description_; }  // nested.json, or null
 
   // The stored parts of one layer, borrowed from the mapped file. A source checkpoint's weights
@@ -82,8 +81,8 @@ class NestedModel {
   absl::Status SetLevels(std::vector<Level> levels);
   // The same for levels that are only measured, never written: they need not be nested.
   absl::Status SetProbes(std::vector<Level> levels);
-  // Replaces, layer by layer, what HasFloatActivations says; for compression as well. REQUIRES: an
-  // entry for every layer.
+  // Replaces, layer by layer, LinearWeights::float_activations; for compression as well. REQUIRES:
+  // an entry for every layer.
   void SetFloatActivations(std::vector<bool> float_activations);
 
  private:

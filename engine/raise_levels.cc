@@ -94,7 +94,6 @@ void LevelRaiser::Raise(std::span<Entry> entries) {
     rows += entry.rows;
   }
   if ((asked & (asked - 1)) == 0) return;  // one level
-  constexpr int kNone = -1;
   int best = kNone;
   const StepCosts costs = backend_->step_costs(rows);
   double best_cost = CostOf(entries, kNone, costs);

@@ -1,8 +1,11 @@
 #include "kernels/backend.h"
 
+#include "kernels/call_checks.h"
+
 namespace nestor {
 
 void Backend::Mlp(const MlpCall& call) {
+  CheckMlpCall(call);
   Linear(call.expand);
   const std::span<const LinearPart> parts = call.expand.parts;
   Activation({.kind = call.activation,

@@ -62,6 +62,13 @@ void CheckLinearPart(const LinearCall& call, const LinearPart& part, const Linea
   NESTOR_CHECK(row == call.rows);
 }
 
+void CheckMlpCall(const MlpCall& call) {
+  const std::span<const LinearPart> parts = call.expand.parts;
+  NESTOR_CHECK(parts.size() == 1 || parts.size() == 2);
+  for (const LinearPart& part : parts) NESTOR_CHECK(part.out.cols == call.contract.in.cols);
+  NESTOR_CHECK(call.expand.rows == call.contract.rows && !call.expand.add_to_output);
+}
+
 void CheckAttentionCall(const AttentionCall& call) {
   NESTOR_CHECK(call.num_kv_heads > 0 && call.num_heads % call.num_kv_heads == 0);
   NESTOR_CHECK(call.q.cols == call.num_heads * call.head_dim && call.out.cols == call.q.cols);

@@ -25,6 +25,10 @@ struct LinearShape {
 // the tensors are large enough.
 void CheckLinearPart(const LinearCall& call, const LinearPart& part, const LinearShape& shape);
 
+// CHECKs that an MLP has one or two first parts as wide as what its second half reads, which do not
+// add to their outputs, and that both halves have the same rows.
+void CheckMlpCall(const MlpCall& call);
+
 // CHECKs the tensors' shapes and that the sequences lie inside them.
 void CheckAttentionCall(const AttentionCall& call);
 

@@ -123,11 +123,12 @@ absl::Status RunCompress(const std::vector<std::string>& arguments) {
   flags.Add("costs", &costs,
             "shares of the full level's cost to have levels at, such as 0.9,0.8,0.6; instead of "
             "--levels");
-  flags.Add("rows", &options.search.rows, "rows of the step whose time is measured");
+  flags.Add("rows", &options.search.rows, "rows of the step whose time a measured search measures");
   flags.Add("probes", &options.search.probes,
             "ranks that a measured search probes of each layer and form; 1 is quickest");
-  flags.Add("probe-tokens", &options.search.probe_tokens,
-            "calibration tokens of a probe; 1024, of an encoder 4096, unless given");
+  flags.Add(
+      "probe-tokens", &options.search.probe_tokens,
+      "calibration tokens of a probe of a measured search; 1024, of an encoder 4096, unless given");
   flags.Add("force", &options.overwrites, "replace OUT where it exists");
   flags.Add("json", &prints_json, "print the levels as one JSON object");
   NESTOR_ASSIGN_OR_RETURN(const std::vector<std::string> positional, flags.Parse(arguments));

@@ -400,7 +400,7 @@ void Worker::ApplyResult() {
     if (ran.executed_level == task->task().sla.levels.front())
       planned.degradation = Degradation::kNone;
     if (!ran.status.ok()) {
-      FailNonFinite(task, planned.level, ran.status);
+      FailNonFinite(task, ran.executed_level, ran.status);
       continue;
     }
     if (!task->is_prompt_done()) {

@@ -155,6 +155,7 @@ void AttentionRunner::PrepareRotations(const AttentionCall& call,
     }
   }
   if (is_same) return;
+  rotated_rows_.resize(count);
   rotated_by_ = inverse_frequencies.data();
   GrowTo(&cosines_, last_row * half);
   GrowTo(&sines_, last_row * half);

@@ -30,7 +30,7 @@ struct KeyBlock {
   void* keys = nullptr;
   void* values = nullptr;
   int64_t begin = 0;      // position of the first
-  int64_t positions = 0;  // 1 to 16; keys and values behind them are finite, or never were written
+  int64_t positions = 0;  // 1 to 16. Behind them lies anything, but in bf16 a finite last value
 };
 
 // One tile, and the queries of one sequence and kv head with what they have summed so far.

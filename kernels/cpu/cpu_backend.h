@@ -24,8 +24,8 @@ struct CpuOptions {
 };
 
 // The CPU backend. Steps of up to 16 rows run integer kernels on int8 activations, and a row's
-// result is the same bit for bit whatever it shares the step with; larger steps multiply the
-// dequantised weights in fp32.
+// result is the same bit for bit whatever it shares the step with; LinearRunner (linear.h) says
+// what larger ones multiply in.
 absl::StatusOr<std::unique_ptr<Backend>> MakeCpuBackend(const CpuOptions& options);
 
 }  // namespace nestor

@@ -49,6 +49,7 @@ inline void ForEachTile(int64_t rows, Tile tile) {
   }
 }
 
+// The first `outputs` <= 16 lanes.
 inline __mmask16 LanesOf(int64_t outputs) {
   return static_cast<__mmask16>((1u << static_cast<unsigned>(outputs)) - 1u);
 }

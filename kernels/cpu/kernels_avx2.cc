@@ -661,7 +661,7 @@ void LayerNorm(const float* x, const float* gain, const float* bias, int64_t n, 
   ScaleAndShift(x, mean, 1.0f / __builtin_sqrtf(variance + epsilon), gain, bias, n, out);
 }
 
-// e^x within 2e-7 relative in [-87, 88.7]; 0 below, clamped above, NaN stays NaN. Cody and Waite's
+// e^x within 2e-7 relative in [-87, 88.7], clamped outside; NaN stays NaN. Cody and Waite's
 // reduction and the polynomial of Cephes' expf.
 inline __m256 Exp(__m256 x) {
   // min and max return their second operand where one is NaN.

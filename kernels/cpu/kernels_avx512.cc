@@ -40,7 +40,6 @@ inline __m512i Broadcast4(const int8_t* codes) {
   return _mm512_set1_epi32(bits);
 }
 
-// The first `outputs` <= 16 lanes.
 // ---- int8 activations ----
 
 void QuantiseGroup(const float* x, int8_t* codes, float* scale, int32_t* offset) {

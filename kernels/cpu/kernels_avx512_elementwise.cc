@@ -72,7 +72,7 @@ void LayerNorm(const float* x, const float* gain, const float* bias, int64_t n, 
   ScaleAndShift(x, mean, 1.0f / __builtin_sqrtf(variance + epsilon), gain, bias, n, out);
 }
 
-// e^x within 2e-7 relative in [-87, 88.7]; 0 below, clamped above, NaN stays NaN.
+// e^x within 2e-7 relative in [-87, 88.7], clamped outside; NaN stays NaN.
 inline __m512 Exp(__m512 x) {
   // min and max return their second operand where one is NaN.
   x = _mm512_max_ps(_mm512_set1_ps(-87.3f), x);

@@ -11,15 +11,12 @@
 // in int8. The stored scales of B lie along its outputs. So z = A x is multiplied by the largest of
 // each component before it is rounded to int8, and the codes of B by what is left, a factor of at
 // most 1, and rounded once more.
-//
-// Measured on Zen 4 (2 threads, 480 rows, MiniLM's six layers), against unpacking 256 outputs at a
-// time for OpenBLAS' sgemm: 48 ms for 63 at full rank, 12 for 26 at a prefix of rank 64, where
-// sgemm's packing of its input is repaid worst.
 
 #include <algorithm>
 #include <utility>
 
 #include "base/bfloat16.h"
+#include "kernels/call_checks.h"
 #include "kernels/cpu/linear.h"
 
 namespace nestor {
@@ -152,6 +149,7 @@ bool LinearRunner::RunsInCodes(const LinearCall& call, std::span<const PackedLin
 }
 
 bool LinearRunner::RunMlp(const MlpCall& call, std::span<const PackedLinear> layers) {
+  CheckMlpCall(call);
   const int64_t rows = call.expand.rows;
   if (rows <= kMaxFewRows || !RunsInCodes(call.expand, layers) ||
       !RunsInCodes(call.contract, layers)) {
@@ -160,10 +158,16 @@ bool LinearRunner::RunMlp(const MlpCall& call, std::span<const PackedLinear> lay
   const int64_t num_blocks = NumBlocks(rows);
   const int64_t units = NumGroups(call.contract.in.cols);
   const int64_t hidden_stride = CodeStride(call.contract.in.cols);
-  hidden_codes_.GrowTo(rows * hidden_stride);
+  // Both, since they change places below.
+  const int64_t max_stride = std::max(hidden_stride, CodeStride(call.expand.in.cols));
+  input_codes_.GrowTo(rows * max_stride);
+  hidden_codes_.GrowTo(rows * max_stride);
+  // The largest block of this many rows or fewer: fewer blocks may have more rows each.
+  const int64_t block_rows =
+      std::max(rows / num_blocks, std::min(rows, 2 * kMinRowsPerBlock)) + kRowsPerTile;
   for (ThreadState& thread : threads_) {
-    thread.gate.GrowTo((rows / num_blocks + kRowsPerTile) * kUnitOutputs);
-    thread.up.GrowTo((rows / num_blocks + kRowsPerTile) * kUnitOutputs);
+    thread.gate.GrowTo(block_rows * kUnitOutputs);
+    thread.up.GrowTo(block_rows * kUnitOutputs);
   }
   PlanCall(call.expand, layers);
   ConvertInput(call.expand);
