@@ -72,12 +72,14 @@ class CpuBackend : public Backend {
   void Read(const Tensor& in, int64_t row_begin, int64_t rows, float* out) override;
 
   StepCosts step_costs(int64_t rows) const override {
-    // Measured on Zen 4, 2 threads, with SmolLM2-135M at its full level. 1 to 16 rows: 157 MB take
-    // 3.3 ms with AVX-512 and 4 ms with AVX2, another row of 270 MFLOP 0.95 and 2.2 ms; factors run
-    // at half of the planes' rate (docs/kernels.md). 512 rows: 460 and 230 GFLOP/s, 35 GB/s.
-    const bool has_int8 = kernels_->int8_gemm != nullptr;
-    if (rows <= kMaxFewRows) return {.bytes_per_flop = has_int8 ? 0.17 : 0.32, .factor_weight = 2};
-    return {.bytes_per_flop = has_int8 ? 0.08 : 0.15, .factor_weight = 1.2};
+    // Measured with 2 threads, with SmolLM2-135M at its full level. 1 to 16 rows: on Zen 4 157 MB
+    // take 3.3 ms and another row of 270 MFLOP 0.95 ms with AVX-512; with AVX2 4 ms and 2.2 ms;
+    // factors run at half of the planes' rate (docs/kernels.md). 512 rows: 460 GFLOP/s with AVX-512
+    // at 35 GB/s, 160 with AVX2 at 30 (Zen 3).
+    const bool has_avx512 = kernels_->instruction_set >= CpuInstructionSet::kAvx512;
+    if (rows <= kMaxFewRows)
+      return {.bytes_per_flop = has_avx512 ? 0.17 : 0.32, .factor_weight = 2};
+    return {.bytes_per_flop = has_avx512 ? 0.08 : 0.19, .factor_weight = 1.2};
   }
   LinearCost executed() const override { return linear_.executed(); }
   int64_t resident_weight_bytes() const override { return weights_.allocated_bytes(); }

@@ -21,15 +21,15 @@ enum class ActivationKind : uint8_t;  // kernels/backend.h
 //   bf16 panel    16 outputs: [in][16]; element 2 i is output i, element 2 i + 1 output 8 + i
 // and, unpacked for many rows:
 //   fp32 panel    16 outputs: [in][16]
-//   int8 panel    16 outputs: [groups] x {8 lines of codes plus 128, 16 fp32 scales}; line c holds
-//                 for output o, at byte 4 o + i, input 4 c + i
+//   int8 panel    16 outputs: [groups] x {codes, 16 fp32 scales}, int8_group_bytes each. AVX-512: 8
+//                 lines of codes plus 128; line c holds for output o, at byte 4 o + i, input 4 c +
+//                 i. AVX2: 16 lines of 16-bit codes, one for a pair of inputs: [16 pairs][16][2]
 //   pair panel    16 outputs in bf16: [in / 2][16][2], zeros behind an odd last input
 
 inline constexpr int64_t kPanelOutputs = 16;
 inline constexpr int64_t kUnitOutputs = 32;  // two panels, or one B panel
 inline constexpr int64_t kCoarseGroupBytes = 288;
 inline constexpr int64_t kFineGroupBytes = 256;
-inline constexpr int64_t kInt8GroupBytes = 576;
 // Steps of more rows unpack their weights first.
 inline constexpr int kMaxFewRows = 16;
 
@@ -108,8 +108,9 @@ struct CpuKernels {
   void (*gemm)(const float* x, int64_t x_stride, int64_t rows, int64_t depth, const float* panel,
                const float* bias, float* out, int64_t out_stride, int64_t outputs, bool adds);
 
-  // The int8 path, null where the machine has no dot product of bytes: planes and factors times
-  // rows that are rounded to int8, exact in 32 bits within a group.
+  // The int8 path of many rows, null without vector instructions: planes and factors times rows
+  // that are rounded to int8, exact in 32 bits within a group.
+  int64_t int8_group_bytes = 0;
   // One group of each of `count` rows, as `quantise`.
   void (*quantise_groups)(const float* x, int64_t x_stride, int64_t count, int8_t* codes,
                           int64_t code_stride, float* scales, int32_t* offsets,

@@ -10,7 +10,9 @@
 #include <cstdint>
 
 #include "kernels/cpu/factor_b_rows.h"
+#include "kernels/cpu/gemm_tiles_avx2.h"
 #include "kernels/cpu/kernels.h"
+#include "kernels/cpu/kernels_avx2_int8.h"
 
 namespace nestor {
 namespace {
@@ -97,6 +99,13 @@ void Quantise(const float* x, int64_t n, int8_t* codes, float* scales, int32_t* 
   float padded[kGroup] = {};
   for (int64_t j = g * kGroup; j < n; ++j) padded[j - g * kGroup] = x[j];
   QuantiseGroup(padded, codes + g * kGroup, scales + g, offsets + g);
+}
+
+void QuantiseGroups(const float* x, int64_t x_stride, int64_t count, int8_t* codes,
+                    int64_t code_stride, float* scales, int32_t* offsets, int64_t scale_stride) {
+  for (int64_t i = 0; i < count; ++i)
+    QuantiseGroup(x + i * x_stride, codes + i * code_stride, scales + i * scale_stride,
+                  offsets + i * scale_stride);
 }
 
 // ---- planes ----
@@ -542,10 +551,10 @@ void PanelFromF32(const float* weights, int64_t stride, int64_t count, int64_t d
   }
 }
 
-// T rows times 16 outputs: 2 T sums and 2 weights in registers. `bias` has 16 values or is null.
+// T rows times 16 outputs: 2 T sums and 2 weights in registers.
 template <int T>
 void GemmTile(const float* x, int64_t x_stride, int64_t depth, const float* panel,
-              const float* bias, float* out, int64_t out_stride, int64_t outputs, bool adds) {
+              const PanelBias& bias, float* out, int64_t out_stride, int64_t outputs, bool adds) {
   __m256 sums[T][2];
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t) sums[t][0] = sums[t][1] = _mm256_setzero_ps();
@@ -559,45 +568,18 @@ void GemmTile(const float* x, int64_t x_stride, int64_t depth, const float* pane
       sums[t][1] = _mm256_fmadd_ps(second, value, sums[t][1]);
     }
   }
-  const __m256 zero = _mm256_setzero_ps();
-  const __m256 first_bias = bias == nullptr ? zero : _mm256_loadu_ps(bias);
-  const __m256 second_bias = bias == nullptr ? zero : _mm256_loadu_ps(bias + 8);
 #pragma GCC unroll 8
-  for (int t = 0; t < T; ++t) {
-    float* row = out + t * out_stride;
-    __m256 first = _mm256_add_ps(sums[t][0], first_bias);
-    __m256 second = _mm256_add_ps(sums[t][1], second_bias);
-    if (outputs == kPanelOutputs) {
-      if (adds) {
-        first = _mm256_add_ps(first, _mm256_loadu_ps(row));
-        second = _mm256_add_ps(second, _mm256_loadu_ps(row + 8));
-      }
-      _mm256_storeu_ps(row, first);
-      _mm256_storeu_ps(row + 8, second);
-    } else {
-      alignas(32) float values[kPanelOutputs];
-      _mm256_store_ps(values, first);
-      _mm256_store_ps(values + 8, second);
-      for (int64_t o = 0; o < outputs; ++o) row[o] = values[o] + (adds ? row[o] : 0.0f);
-    }
-  }
+  for (int t = 0; t < T; ++t)
+    Finish(sums[t][0], sums[t][1], bias, outputs, adds, out + t * out_stride);
 }
 
 void Gemm(const float* x, int64_t x_stride, int64_t rows, int64_t depth, const float* panel,
           const float* bias, float* out, int64_t out_stride, int64_t outputs, bool adds) {
-  float padded_bias[kPanelOutputs] = {};
-  if (bias != nullptr) {
-    for (int64_t o = 0; o < outputs; ++o) padded_bias[o] = bias[o];
-    bias = padded_bias;
-  }
-  using Tile = void (*)(const float*, int64_t, int64_t, const float*, const float*, float*, int64_t,
-                        int64_t, bool);
-  constexpr Tile kTiles[] = {GemmTile<1>, GemmTile<2>, GemmTile<3>,
-                             GemmTile<4>, GemmTile<5>, GemmTile<6>};
-  for (int64_t t = 0; t < rows; t += 6) {
-    kTiles[Min(6, rows - t) - 1](x + t * x_stride, x_stride, depth, panel, bias,
-                                 out + t * out_stride, out_stride, outputs, adds);
-  }
+  const PanelBias panel_bias(bias, outputs);
+  ForEachTile(rows, [&](auto tile, int64_t t) {
+    GemmTile<tile.kRows>(x + t * x_stride, x_stride, depth, panel, panel_bias, out + t * out_stride,
+                         out_stride, outputs, adds);
+  });
 }
 
 // ---- norms and activations ----
@@ -741,27 +723,34 @@ void GeluErf(const float* x, const float* up, int64_t n, float* out) {
   });
 }
 
+CpuKernels MakeKernels() {
+  CpuKernels kernels = {.instruction_set = CpuInstructionSet::kAvx2,
+                        .quantise = Quantise,
+                        .planes = Planes,
+                        .factor_a = FactorA,
+                        .factor_b = FactorB,
+                        .bf16_panel = Bf16Panel,
+                        .dot = Dot,
+                        .panel_from_planes = PanelFromPlanes,
+                        .panel_from_a = PanelFromA,
+                        .panel_from_b = PanelFromB,
+                        .panel_from_bf16 = PanelFromBf16,
+                        .panel_from_f32 = PanelFromF32,
+                        .gemm = Gemm,
+                        .quantise_groups = QuantiseGroups,
+                        .rms_norm = RmsNorm,
+                        .layer_norm = LayerNorm,
+                        .silu = Silu,
+                        .gelu_erf = GeluErf,
+                        .gelu_tanh = GeluTanh};
+  SetAvx2Int8(&kernels);
+  return kernels;
+}
+
 }  // namespace
 
 const CpuKernels& Avx2Kernels() {
-  static constexpr CpuKernels kKernels = {.instruction_set = CpuInstructionSet::kAvx2,
-                                          .quantise = Quantise,
-                                          .planes = Planes,
-                                          .factor_a = FactorA,
-                                          .factor_b = FactorB,
-                                          .bf16_panel = Bf16Panel,
-                                          .dot = Dot,
-                                          .panel_from_planes = PanelFromPlanes,
-                                          .panel_from_a = PanelFromA,
-                                          .panel_from_b = PanelFromB,
-                                          .panel_from_bf16 = PanelFromBf16,
-                                          .panel_from_f32 = PanelFromF32,
-                                          .gemm = Gemm,
-                                          .rms_norm = RmsNorm,
-                                          .layer_norm = LayerNorm,
-                                          .silu = Silu,
-                                          .gelu_erf = GeluErf,
-                                          .gelu_tanh = GeluTanh};
+  static const CpuKernels kKernels = MakeKernels();
   return kKernels;
 }
 

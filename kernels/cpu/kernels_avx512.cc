@@ -14,6 +14,7 @@
 #include "kernels/cpu/gemm_tiles_avx512.h"
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/kernels_avx512_elementwise.h"
+#include "kernels/cpu/transpose_words_avx2.h"
 
 namespace nestor {
 namespace {
@@ -406,6 +407,9 @@ void Bf16Panel(const uint16_t* panel, int64_t n, const FloatRow* rows, int num_r
 
 // ---- many rows in int8 ----
 
+// 8 lines of codes and the scales.
+constexpr int64_t kGroupBytes = 9 * kLineBytes;
+
 void WriteScales(__m512 scales, uint8_t* group) {
   _mm512_store_ps(reinterpret_cast<float*>(group + 8 * kLineBytes), scales);
 }
@@ -413,7 +417,7 @@ void WriteScales(__m512 scales, uint8_t* group) {
 template <bool kHasFine>
 void Int8PanelFromPlanesTile(const uint8_t* coarse, const uint8_t* fine, int64_t groups,
                              uint8_t* panel) {
-  for (int64_t g = 0; g < groups; ++g, panel += kInt8GroupBytes) {
+  for (int64_t g = 0; g < groups; ++g, panel += kGroupBytes) {
     __m512i lines[8];
     UnpackGroup<kHasFine>(coarse, fine, lines);
 #pragma GCC unroll 8
@@ -434,33 +438,10 @@ void Int8PanelFromPlanes(const uint8_t* coarse, const uint8_t* fine, int64_t gro
   }
 }
 
-// Words of 4 bytes: columns become rows.
-inline void Transpose8Words(__m256i* rows) {
-  __m256i a[8];
-  __m256i b[8];
-#pragma GCC unroll 8
-  for (int i = 0; i < 4; ++i) {
-    a[2 * i] = _mm256_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
-    a[2 * i + 1] = _mm256_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < 2; ++i) {
-    b[4 * i] = _mm256_unpacklo_epi64(a[4 * i], a[4 * i + 2]);
-    b[4 * i + 1] = _mm256_unpackhi_epi64(a[4 * i], a[4 * i + 2]);
-    b[4 * i + 2] = _mm256_unpacklo_epi64(a[4 * i + 1], a[4 * i + 3]);
-    b[4 * i + 3] = _mm256_unpackhi_epi64(a[4 * i + 1], a[4 * i + 3]);
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < 4; ++i) {
-    rows[i] = _mm256_permute2x128_si256(b[i], b[i + 4], 0x20);
-    rows[i + 4] = _mm256_permute2x128_si256(b[i], b[i + 4], 0x31);
-  }
-}
-
 void Int8PanelFromA(const int8_t* a, int64_t stride, const uint16_t* scales, int64_t scale_stride,
                     int64_t count, int64_t groups, uint8_t* panel) {
   const __m256i sign = _mm256_set1_epi8(static_cast<char>(0x80));
-  for (int64_t g = 0; g < groups; ++g, panel += kInt8GroupBytes) {
+  for (int64_t g = 0; g < groups; ++g, panel += kGroupBytes) {
     alignas(64) uint32_t group_scales[kPanelOutputs] = {};
     for (int64_t k = 0; k < count; ++k)
       group_scales[k] = static_cast<uint32_t>(scales[k * scale_stride + g]) << 16;
@@ -545,7 +526,7 @@ void Int8GemmTile(const QuantisedRows& rows, int64_t first, int64_t groups, cons
       sums[t] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(dots), weight_scales),
                                 _mm512_set1_ps(scales[t * rows.scale_stride + g]), sums[t]);
     }
-    panel += kInt8GroupBytes;
+    panel += kGroupBytes;
   }
   const __mmask16 mask = LanesOf(outputs);
 #pragma GCC unroll 16
@@ -618,6 +599,7 @@ CpuKernels MakeKernels() {
   kernels.bf16_panel = Bf16Panel;
   kernels.panel_from_b = PanelFromB;
   kernels.gemm = Gemm;
+  kernels.int8_group_bytes = kGroupBytes;
   kernels.int8_panel_from_planes = Int8PanelFromPlanes;
   kernels.int8_panel_from_a = Int8PanelFromA;
   kernels.int8_group_from_b = Int8GroupFromB;

@@ -169,7 +169,7 @@ class LinearRunner {
   Arithmetic ArithmeticOfPlanes(const PackedLinear& layer) const;  // and of factors
   Arithmetic ArithmeticOf(const PackedLinear& layer, Form form) const;
   // Inputs that fit into a panel.
-  static int64_t DepthOfPanel(Arithmetic arithmetic);
+  int64_t DepthOfPanel(Arithmetic arithmetic) const;
   // Inputs [begin, end) of a panel of the form's weights.
   void UnpackWeights(const PackedLinear& layer, Form form, int64_t panel, int64_t begin,
                      int64_t end, uint8_t* out) const;

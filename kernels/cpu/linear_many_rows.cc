@@ -224,12 +224,12 @@ LinearRunner::Arithmetic LinearRunner::ArithmeticOf(const PackedLinear& layer, F
   return in_bf16 ? Arithmetic::kBf16 : Arithmetic::kFp32;
 }
 
-int64_t LinearRunner::DepthOfPanel(Arithmetic arithmetic) {
+int64_t LinearRunner::DepthOfPanel(Arithmetic arithmetic) const {
   switch (arithmetic) {
     case Arithmetic::kFp32:
       return kPanelBytes / (4 * kPanelOutputs);
     case Arithmetic::kInt8:
-      return kPanelBytes / kInt8GroupBytes * kGroupSize;
+      return kPanelBytes / kernels_->int8_group_bytes * kGroupSize;
     case Arithmetic::kBf16:
       return kPanelBytes / (2 * kPanelOutputs);
   }
@@ -443,7 +443,7 @@ void LinearRunner::UnpackBCodes(const FactorStage& stage, int64_t first_output, 
                                 int64_t end, uint8_t* panel) const {
   static constexpr int8_t kNoPair[2 * kPanelOutputs] = {};
   const int64_t unit = first_output / kUnitOutputs;
-  for (int64_t k = begin; k < end; k += kGroupSize, panel += kInt8GroupBytes) {
+  for (int64_t k = begin; k < end; k += kGroupSize, panel += kernels_->int8_group_bytes) {
     const int8_t* pairs[kGroupSize / 2];
     uint16_t scales[kGroupSize] = {};
     std::fill_n(pairs, kGroupSize / 2, kNoPair);

@@ -44,13 +44,13 @@ struct GemmOperands {
 
 constexpr int64_t kGemmGroups = kGemmDepth / kGroupSize;
 
-void FillIn(GemmOperands* own) {
+void FillIn(const CpuKernels& kernels, GemmOperands* own) {
   own->x.GrowTo(kGemmRows * kGemmDepth);
   own->panel.GrowTo(kGemmDepth * kPanelOutputs);
   own->codes.GrowTo(kGemmRows * kGemmDepth);
   own->scales.GrowTo(kGemmRows * kGemmGroups);
   own->offsets.GrowTo(kGemmRows * kGemmGroups);
-  own->int8_panel.GrowTo(kGemmGroups * kInt8GroupBytes);
+  own->int8_panel.GrowTo(kGemmGroups * kernels.int8_group_bytes);
   own->out.GrowTo(kGemmRows * kPanelOutputs);
   for (int64_t i = 0; i < kGemmRows * kGemmDepth; ++i) {
     own->x.data()[i] = 0.01F * static_cast<float>(i % 97);
@@ -60,10 +60,11 @@ void FillIn(GemmOperands* own) {
     own->panel.data()[i] = 0.02F * static_cast<float>(i % 89);
   std::fill_n(own->scales.data(), kGemmRows * kGemmGroups, 0.5F);
   for (int64_t g = 0; g < kGemmGroups; ++g) {
-    uint8_t* group = own->int8_panel.data() + g * kInt8GroupBytes;
-    const int64_t num_codes = kGroupSize * kPanelOutputs;
-    for (int64_t i = 0; i < num_codes; ++i) group[i] = static_cast<uint8_t>(i % 255);
-    std::fill_n(reinterpret_cast<float*>(group + num_codes), kPanelOutputs, 0.25F);
+    if (kernels.int8_gemm == nullptr) break;
+    uint8_t* group = own->int8_panel.data() + g * kernels.int8_group_bytes;
+    const int64_t code_bytes = kernels.int8_group_bytes - kPanelOutputs * 4;
+    for (int64_t i = 0; i < code_bytes; ++i) group[i] = static_cast<uint8_t>(i % 255);
+    std::fill_n(reinterpret_cast<float*>(group + code_bytes), kPanelOutputs, 0.25F);
   }
 }
 
@@ -133,7 +134,7 @@ absl::StatusOr<double> MeasureGemmRate(int threads, CpuInstructionSet instructio
   NESTOR_RETURN_IF_ERROR(CheckThreads(threads));
   const CpuKernels& kernels = KernelsFor(instruction_set);
   std::vector<GemmOperands> operands(threads);
-  for (GemmOperands& own : operands) FillIn(&own);
+  for (GemmOperands& own : operands) FillIn(kernels, &own);
   ThreadPool pool(threads);
   const int64_t num_tasks = int64_t{kGemmTasks} * threads;
   const double flops =

@@ -12,7 +12,7 @@ namespace nestor {
 absl::StatusOr<double> MeasureReadBandwidth(int threads);
 
 // Rate of matrix products in GFLOP/s with `threads` threads: the kernel that steps of many rows
-// multiply planes with (int8 where the instruction set has its dot product, else fp32), on operands
+// multiply planes with (int8, or fp32 in the portable one), on operands
 // that stay in each thread's cache; the best of several passes, taking about a quarter of a second.
 // INVALID_ARGUMENT for threads < 1. REQUIRES: the machine has `instruction_set`.
 absl::StatusOr<double> MeasureGemmRate(int threads, CpuInstructionSet instruction_set);

@@ -22,7 +22,7 @@ constexpr int64_t kMaxFewRows = 16;
 
 // Whether planes and A are multiplied by activations in int8; of many rows, B by z as well.
 bool RoundsToInt8(CpuInstructionSet set, int64_t rows) {
-  return rows <= kMaxFewRows || set >= CpuInstructionSet::kAvx512;
+  return rows <= kMaxFewRows || set >= CpuInstructionSet::kAvx2;
 }
 
 // Whether bf16 weights are multiplied in bf16.
