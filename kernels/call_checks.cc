@@ -1,5 +1,9 @@
 #include "kernels/call_checks.h"
 
+#include <set>
+#include <string>
+#include <vector>
+
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
 #include "base/status_macros.h"
@@ -26,6 +30,29 @@ absl::Status ValidateFactors(const LinearWeights& weights, const FactorView& fac
   return absl::OkStatus();
 }
 
+absl::Status ValidateGar(const LinearWeights& weights) {
+  std::set<int64_t> ranks;
+  for (const GarView& gar : weights.gar) {
+    const int64_t rank = gar.factors.max_rank;
+    if (rank <= 0 || rank >= weights.out)
+      return LayerError(weights, absl::StrCat("gar rank is ", rank));
+    NESTOR_RETURN_IF_ERROR(ValidateFactors(weights, gar.factors, "gar"));
+    if (!ranks.insert(rank).second)
+      return LayerError(weights, absl::StrCat("has two gar pairs of rank ", rank));
+    const std::string pair = absl::StrCat("gar pair of rank ", rank);
+    if (gar.rows == nullptr) return LayerError(weights, pair + " lacks the order of its rows");
+    std::vector<bool> is_taken(weights.out);
+    for (int64_t i = 0; i < weights.out; ++i) {
+      const int32_t row = gar.rows[i];
+      if (row < 0 || row >= weights.out || is_taken[row])
+        return LayerError(weights, absl::StrCat(pair, ": rows[", i, "] is ", row,
+                                                ", expected a permutation of the outputs"));
+      is_taken[row] = true;
+    }
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 absl::Status ValidateLinearWeights(const LinearWeights& weights) {
@@ -44,7 +71,8 @@ absl::Status ValidateLinearWeights(const LinearWeights& weights) {
   if (weights.residual.max_rank > 0 && weights.coarse == nullptr)
     return LayerError(weights, "has residual factors but no coarse plane");
   NESTOR_RETURN_IF_ERROR(ValidateFactors(weights, weights.residual, "residual"));
-  return ValidateFactors(weights, weights.prefix, "prefix");
+  NESTOR_RETURN_IF_ERROR(ValidateFactors(weights, weights.prefix, "prefix"));
+  return ValidateGar(weights);
 }
 
 void CheckLinearPart(const LinearCall& call, const LinearPart& part, const LinearShape& shape) {
@@ -58,6 +86,7 @@ void CheckLinearPart(const LinearCall& call, const LinearPart& part, const Linea
     if (group.form == Form::kResidual)
       NESTOR_CHECK(shape.has_coarse && group.rank <= shape.residual_rank);
     if (group.form == Form::kPrefix) NESTOR_CHECK(group.rank <= shape.prefix_rank);
+    if (group.form == Form::kGar) NESTOR_CHECK(group.rank > 0);
   }
   NESTOR_CHECK(row == call.rows);
 }

@@ -9,7 +9,8 @@ namespace nestor {
 // What every backend verifies before it trusts a layer or a call. Pure functions.
 
 // INVALID_ARGUMENT names the layer and what does not fit: no dense form or several, planes without
-// scales, a residual without a coarse plane, factors without codes.
+// scales, a residual without a coarse plane, factors without codes, gar pairs of equal ranks or
+// whose rows are no permutation.
 absl::Status ValidateLinearWeights(const LinearWeights& weights);
 
 // How many planes, ranks and sizes a loaded layer has: what its groups may ask for.
@@ -22,7 +23,8 @@ struct LinearShape {
 };
 
 // CHECKs that the groups cover the call's rows in order and ask for what the layer holds, and that
-// the tensors are large enough.
+// the tensors are large enough. A backend checks on its own that there is a gar pair of a group's
+// rank, when it looks for it.
 void CheckLinearPart(const LinearCall& call, const LinearPart& part, const LinearShape& shape);
 
 // CHECKs that an MLP has one or two first parts as wide as what its second half reads, which do not

@@ -12,6 +12,8 @@ int64_t BytesOfFactors(int64_t out, int64_t in, int64_t rank) {
          (PaddedToGroup(in) + PaddedToGroup(out) + kScaleBytes * (NumGroups(in) + NumGroups(out)));
 }
 
+int64_t BytesOfRowOrder(int64_t out) { return out * static_cast<int64_t>(sizeof(int32_t)); }
+
 }  // namespace
 
 LinearCost CostOfLinear(int64_t out, int64_t in, bool has_bias, DenseStorage dense, Form form,
@@ -34,6 +36,10 @@ LinearCost CostOfLinear(int64_t out, int64_t in, bool has_bias, DenseStorage den
     case Form::kPrefix:
       cost.flops += 2 * rank * (out + in);
       cost.weight_bytes += BytesOfFactors(out, in, rank);
+      break;
+    case Form::kGar:
+      cost.flops += 2 * rank * (out + in - rank);
+      cost.weight_bytes += BytesOfFactors(out - rank, in, rank) + BytesOfRowOrder(out);
       break;
   }
   return cost;

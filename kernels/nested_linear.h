@@ -19,7 +19,9 @@ constexpr int64_t PaddedToGroup(int64_t size) { return NumGroups(size) * kGroupS
 //   kDense     P = W: bf16 (or fp32 from a source checkpoint), or both planes
 //   kResidual  P = coarse plane, B A = the first `rank` components of what it leaves out
 //   kPrefix    P = 0, B A = the first `rank` components of W itself
-enum class Form : uint8_t { kDense, kResidual, kPrefix };
+//   kGar       the same function as a prefix of that rank, in its cheapest gauge: z = A x are
+//              `rank` of the outputs themselves, and B z the others (FlexRank, arXiv 2602.02680)
+enum class Form : uint8_t { kDense, kResidual, kPrefix, kGar };
 
 // A pair of nested int8 factors in host memory. Any rank r <= max_rank is the first r rows of `a`
 // and of `bt`: (B_r A_r)[i][j] = sum over k < r of bt[k][i] * a[k][j], each code times its scale.
@@ -32,6 +34,13 @@ struct FactorView {
   // The ranks that levels run, in any order: a backend may lay the factors out so that it reads
   // these prefixes in one go. Any other rank is right as well.
   std::vector<int64_t> level_ranks = {};
+};
+
+// A prefix of one rank r, frozen: y[rows[k]] = (A x)_k for k < r, y[rows[r + i]] = (B A x)_i for
+// the others. It serves no other rank.
+struct GarView {
+  FactorView factors;             // max_rank is r, 0 < r < out; bt is [r, PaddedToGroup(out - r)]
+  const int32_t* rows = nullptr;  // [out], a permutation: the pivots first
 };
 
 // The stored parts of one linear layer, borrowed from the artifact or the checkpoint. Exactly one
@@ -53,14 +62,16 @@ struct LinearWeights {
   const uint16_t* scales = nullptr;      // bf16 [out, NumGroups(in)]
   FactorView residual;
   FactorView prefix;
-  const float* bias = nullptr;  // [out]
+  std::vector<GarView> gar = {};  // of different ranks
+  const float* bias = nullptr;    // [out]
   // Whether the layer cannot bear inputs that are rounded to int8: backends that would round them
   // multiply it in floating point. What it yields is nearer to the exact product, and slower.
   bool float_activations = false;
 };
 
 // What one row costs in a layer. `weight_bytes` are the stored bytes a pass reads (codes and
-// scales with their padding, and the bias), `flops` is 2 x the weights one row multiplies.
+// scales with their padding, the order of a gar pair's rows, and the bias), `flops` is 2 x the
+// weights one row multiplies.
 struct LinearCost {
   int64_t weight_bytes = 0;
   int64_t flops = 0;

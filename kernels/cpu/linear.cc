@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <thread>
+#include <utility>
 
 #include "base/check.h"
 #include "kernels/call_checks.h"
@@ -113,22 +114,56 @@ void LinearRunner::PlanCall(const LinearCall& call, std::span<const PackedLinear
                      .has_coarse = layer.coarse != nullptr,
                      .residual_rank = layer.residual.max_rank,
                      .prefix_rank = layer.prefix.max_rank});
-    plan.residual.form = Form::kResidual;
-    plan.residual.factors = &layer.residual;
-    plan.prefix.form = Form::kPrefix;
-    plan.prefix.factors = &layer.prefix;
-    for (FactorStage* stage : {&plan.residual, &plan.prefix}) {
-      stage->max_rank = 0;
-      for (const RowGroup& group : plan.part->groups) {
-        if (group.form == stage->form) stage->max_rank = std::max(stage->max_rank, group.rank);
-      }
-      stage->z_stride = PaddedToGroup(stage->max_rank);
-      stage->z_offset = z_size;
-      z_size += stage->z_stride * call.rows;
+    plan.num_stages = 0;
+    plan.is_all_gar = true;
+    for (const RowGroup& group : plan.part->groups) {
+      PlanStage(group, &plan);
+      plan.is_all_gar = plan.is_all_gar && group.form == Form::kGar;
+    }
+    for (FactorStage& stage : plan.stages()) {
+      stage.z_stride = PaddedToGroup(stage.max_rank);
+      stage.z_offset = z_size;
+      z_size += stage.z_stride * call.rows;
     }
   }
   z_size_ = z_size;
   z_.GrowTo(z_size);
+}
+
+void LinearRunner::PlanStage(const RowGroup& group, PartPlan* plan) {
+  if (group.form == Form::kDense || group.rank == 0) return;
+  for (FactorStage& stage : plan->stages()) {
+    const bool is_other_pair = stage.IsGar() && stage.max_rank != group.rank;
+    if (stage.form != group.form || is_other_pair) continue;
+    stage.max_rank = std::max(stage.max_rank, group.rank);
+    return;
+  }
+  if (plan->num_stages == plan->all_stages.size()) plan->all_stages.emplace_back();
+  FactorStage& stage = plan->all_stages[plan->num_stages++];
+  const PackedLinear& layer = *plan->layer;
+  stage.form = group.form;
+  stage.max_rank = group.rank;
+  if (group.form == Form::kGar) {
+    const PackedGar& pair = layer.GarOfRank(group.rank);
+    stage.factors = &pair.factors;
+    stage.row_order = pair.rows;
+    stage.outputs = layer.out - group.rank;
+  } else {
+    stage.factors = group.form == Form::kResidual ? &layer.residual : &layer.prefix;
+    stage.row_order = nullptr;
+    stage.outputs = layer.out;
+  }
+}
+
+void LinearRunner::Scatter(const LinearCall& call, const PartPlan& plan, const FactorStage& stage,
+                           int64_t row, int64_t first, int64_t count, const float* values) {
+  float* const out = OutputRow(*plan.part, row);
+  const float* const bias = plan.layer->bias;
+  const int32_t* const order = stage.row_order + first;
+  for (int64_t i = 0; i < count; ++i) {
+    const float value = values[i] + (bias == nullptr ? 0.0f : bias[order[i]]);
+    out[order[i]] = call.add_to_output ? out[order[i]] + value : value;
+  }
 }
 
 void LinearRunner::RunFewRows(const LinearCall& call) {
@@ -147,8 +182,10 @@ void LinearRunner::RunFewRows(const LinearCall& call) {
   int64_t weights = 0;
   for (size_t i = 0; i < call.parts.size(); ++i) {
     PlanRows(call, &plans_[i]);
-    num_components_ += plans_[i].residual.max_rank + plans_[i].prefix.max_rank;
-    max_stride = std::max({max_stride, plans_[i].residual.z_stride, plans_[i].prefix.z_stride});
+    for (const FactorStage& stage : plans_[i].stages()) {
+      num_components_ += stage.max_rank;
+      max_stride = std::max(max_stride, stage.z_stride);
+    }
     units += NumGroups(plans_[i].layer->out);
     weights += plans_[i].layer->out * plans_[i].layer->in;
   }
@@ -198,7 +235,7 @@ void LinearRunner::QuantiseRow(const LinearCall& call, int64_t row) {
 }
 
 void LinearRunner::AddFactorRows(const RowGroup& group, FactorStage* stage) {
-  for (int64_t t = group.begin; t < group.end && group.rank > 0; ++t) {
+  for (int64_t t = group.begin; t < group.end; ++t) {
     int at = stage->num_rows++;
     for (; at > 0 && stage->ranks[at - 1] < group.rank; --at) {
       stage->rows[at] = stage->rows[at - 1];
@@ -211,7 +248,7 @@ void LinearRunner::AddFactorRows(const RowGroup& group, FactorStage* stage) {
 
 void LinearRunner::PlanRows(const LinearCall& call, PartPlan* plan) {
   plan->num_coarse = plan->num_planes = plan->num_dense = 0;
-  plan->residual.num_rows = plan->prefix.num_rows = 0;
+  for (FactorStage& stage : plan->stages()) stage.num_rows = 0;
   for (const RowGroup& group : plan->part->groups) {
     for (int64_t t = group.begin; t < group.end; ++t) {
       if (group.form == Form::kResidual) plan->coarse[plan->num_coarse++] = quantised_[t];
@@ -222,8 +259,9 @@ void LinearRunner::PlanRows(const LinearCall& call, PartPlan* plan) {
         plan->dense[plan->num_dense++] = {.values = InputRow(call, t), .index = t};
       }
     }
-    if (group.form == Form::kResidual) AddFactorRows(group, &plan->residual);
-    if (group.form == Form::kPrefix) AddFactorRows(group, &plan->prefix);
+    for (FactorStage& stage : plan->stages()) {
+      if (stage.Runs(group) && group.rank > 0) AddFactorRows(group, &stage);
+    }
   }
 }
 
@@ -235,11 +273,11 @@ void LinearRunner::RunZPieces(const LinearCall& call, int thread) {
     int64_t begin = num_components_ * piece / num_z_pieces_;
     int64_t end = num_components_ * (piece + 1) / num_z_pieces_;
     for (size_t i = 0; i < call.parts.size(); ++i) {
-      for (const FactorStage* stage : {&plans_[i].residual, &plans_[i].prefix}) {
-        for (int64_t k = std::max<int64_t>(begin, 0); k < std::min(end, stage->max_rank); ++k)
-          RunComponent(plans_[i], *stage, k, thread);
-        begin -= stage->max_rank;
-        end -= stage->max_rank;
+      for (const FactorStage& stage : std::as_const(plans_[i]).stages()) {
+        for (int64_t k = std::max<int64_t>(begin, 0); k < std::min(end, stage.max_rank); ++k)
+          RunComponent(plans_[i], stage, k, thread);
+        begin -= stage.max_rank;
+        end -= stage.max_rank;
       }
     }
     finished_z_pieces_.fetch_add(1, std::memory_order_release);
@@ -276,6 +314,10 @@ void LinearRunner::RunUnits(const LinearCall& call, const PartPlan& plan, int64_
                             int64_t end, int thread) {
   ThreadState& state = threads_[thread];
   const int64_t unit_size = call.rows * kUnitOutputs;
+  for (const FactorStage& stage : plan.stages()) {
+    if (stage.IsGar()) RunGarUnits(call, plan, stage, begin, end, thread);
+  }
+  if (plan.is_all_gar) return;
   std::fill_n(state.sums, (end - begin) * unit_size, 0.0f);
   // All planes first: a stream that is left for a panel of B and taken up again after it costs
   // its first latency anew, 200 ns on a machine where the unit itself takes 400.
@@ -283,11 +325,48 @@ void LinearRunner::RunUnits(const LinearCall& call, const PartPlan& plan, int64_
     RunPanels(plan, unit, state.sums + (unit - begin) * unit_size, &state.executed);
   if (num_z_pieces_ > 0) {
     WaitForZ();
-    for (const FactorStage* stage : {&plan.residual, &plan.prefix})
-      RunFactorB(plan, *stage, begin, end, state.sums, unit_size, thread);
+    for (const FactorStage& stage : plan.stages()) {
+      if (!stage.IsGar()) RunFactorB(stage, begin, end, state.sums, unit_size, thread);
+    }
   }
   for (int64_t unit = begin; unit < end; ++unit)
     FinishUnit(call, plan, unit, state.sums + (unit - begin) * unit_size, &state.executed);
+}
+
+void LinearRunner::RunGarUnits(const LinearCall& call, const PartPlan& plan,
+                               const FactorStage& stage, int64_t begin, int64_t end, int thread) {
+  ThreadState& state = threads_[thread];
+  const int64_t part_units = NumGroups(plan.layer->out);
+  const int64_t units = NumGroups(stage.outputs);  // no more than the part's, so the sums have room
+  const int64_t first_unit = units * begin / part_units;
+  const int64_t last_unit = units * end / part_units;
+  const int64_t first_pivot = stage.max_rank * begin / part_units;
+  const int64_t num_pivots = stage.max_rank * end / part_units - first_pivot;
+  const int64_t unit_size = call.rows * kUnitOutputs;
+  std::fill_n(state.sums, (last_unit - first_unit) * unit_size, 0.0f);
+  WaitForZ();
+  int64_t outputs = num_pivots;
+  for (int i = 0; i < stage.num_rows; ++i) {
+    const int64_t row = stage.rows[i].index;
+    Scatter(call, plan, stage, row, first_pivot, num_pivots,
+            z_.data() + stage.z_offset + row * stage.z_stride + first_pivot);
+  }
+  if (first_unit < last_unit)
+    RunFactorB(stage, first_unit, last_unit, state.sums, unit_size, thread);
+  for (int64_t unit = first_unit; unit < last_unit; ++unit) {
+    const int64_t first = unit * kUnitOutputs;
+    const int64_t count = std::min(kUnitOutputs, stage.outputs - first);
+    outputs += count;
+    for (int i = 0; i < stage.num_rows; ++i) {
+      const int64_t row = stage.rows[i].index;
+      Scatter(call, plan, stage, row, stage.max_rank + first, count,
+              state.sums + (unit - first_unit) * unit_size + row * kUnitOutputs);
+    }
+  }
+  state.executed.weight_bytes += outputs * PackedLinear::kRowOrderBytes;
+  // Counted once for all pairs, and with other rows where there are any.
+  if (plan.layer->bias != nullptr && plan.is_all_gar && &stage == plan.stages().data())
+    state.executed.weight_bytes += 4 * outputs;
 }
 
 void LinearRunner::FinishUnit(const LinearCall& call, const PartPlan& plan, int64_t unit,
@@ -296,16 +375,19 @@ void LinearRunner::FinishUnit(const LinearCall& call, const PartPlan& plan, int6
   const int64_t begin = unit * kUnitOutputs;
   const int64_t count = std::min(kUnitOutputs, layer.out - begin);
   if (layer.bias != nullptr) executed->weight_bytes += 4 * count;
-  for (int64_t t = 0; t < call.rows; ++t) {
-    float* row = sums + t * kUnitOutputs;
-    if (layer.bias != nullptr) {
-      for (int64_t o = 0; o < count; ++o) row[o] += layer.bias[begin + o];
-    }
-    float* out = OutputRow(*plan.part, t) + begin;
-    if (call.add_to_output) {
-      for (int64_t o = 0; o < count; ++o) out[o] += row[o];
-    } else {
-      std::copy_n(row, count, out);
+  for (const RowGroup& group : plan.part->groups) {
+    if (group.form == Form::kGar) continue;
+    for (int64_t t = group.begin; t < group.end; ++t) {
+      float* row = sums + t * kUnitOutputs;
+      if (layer.bias != nullptr) {
+        for (int64_t o = 0; o < count; ++o) row[o] += layer.bias[begin + o];
+      }
+      float* out = OutputRow(*plan.part, t) + begin;
+      if (call.add_to_output) {
+        for (int64_t o = 0; o < count; ++o) out[o] += row[o];
+      } else {
+        std::copy_n(row, count, out);
+      }
     }
   }
 }
@@ -346,12 +428,11 @@ void LinearRunner::RunPanels(const PartPlan& plan, int64_t unit, float* sums,
   }
 }
 
-void LinearRunner::RunFactorB(const PartPlan& plan, const FactorStage& stage, int64_t begin_unit,
-                              int64_t end_unit, float* sums, int64_t unit_size, int thread) {
-  if (stage.max_rank == 0) return;
+void LinearRunner::RunFactorB(const FactorStage& stage, int64_t begin_unit, int64_t end_unit,
+                              float* sums, int64_t unit_size, int thread) {
   ThreadState& state = threads_[thread];
   const int64_t outputs =
-      std::min(end_unit * kUnitOutputs, plan.layer->out) - begin_unit * kUnitOutputs;
+      std::min(end_unit * kUnitOutputs, stage.outputs) - begin_unit * kUnitOutputs;
   state.executed.weight_bytes +=
       (end_unit - begin_unit) * stage.max_rank * PackedLinear::kBComponentBytes;
   FloatRow rows[kMaxFewRows];

@@ -33,6 +33,9 @@ struct CodedRows {
 
 // Runs LinearCalls: several layers over one input, rows in groups of mixed forms and ranks.
 //
+// A gar pair's outputs lie in an order of their own, so they are made in scratch, 16 or 32 at a
+// time, and scattered; its z = A x are its first outputs as they are.
+//
 // Up to kMaxFewRows rows: activations are rounded to int8 once, then one phase on the pool
 // computes z = A x of every factor and, for every 32 outputs, all that they need: planes, then
 // B z, bias. The coarse plane is read once for residual and dense rows together. More rows: panels
@@ -67,19 +70,32 @@ class LinearRunner {
   struct FactorStage {
     Form form = Form::kResidual;
     const PackedFactors* factors = nullptr;
-    int64_t max_rank = 0;  // of this call's groups; 0: nothing to do
-    int64_t z_offset = 0;  // into z_: [call rows][z_stride]
+    const int32_t* row_order = nullptr;  // of a gar pair: [out], the pivots first
+    int64_t outputs = 0;                 // of B
+    int64_t max_rank = 0;                // of this call's groups, at least 1; all of a gar pair's
+    int64_t z_offset = 0;                // into z_: [call rows][z_stride]
     int64_t z_stride = 0;
     // Few rows only, highest rank first.
     int num_rows = 0;
     QuantisedRow rows[kMaxFewRows];
     int64_t ranks[kMaxFewRows];
+
+    bool IsGar() const { return row_order != nullptr; }
+    bool Runs(const RowGroup& group) const {
+      return group.form == form && (!IsGar() || group.rank == max_rank);
+    }
   };
   struct PartPlan {
     const PackedLinear* layer = nullptr;
     const LinearPart* part = nullptr;
-    FactorStage residual;
-    FactorStage prefix;
+    // Kept from call to call; of this one the first `num_stages`: residual and prefix where there
+    // are such rows, then a gar pair for each rank.
+    std::vector<FactorStage> all_stages;
+    size_t num_stages = 0;
+    bool is_all_gar = false;  // no row of another form
+
+    std::span<FactorStage> stages() { return std::span(all_stages).first(num_stages); }
+    std::span<const FactorStage> stages() const { return std::span(all_stages).first(num_stages); }
     // Few rows only.
     int num_coarse = 0;
     QuantisedRow coarse[kMaxFewRows];
@@ -91,7 +107,8 @@ class LinearRunner {
   struct alignas(64) ThreadState {
     LinearCost executed;
     AlignedBuffer<float> scaled_z;
-    AlignedBuffer<float> gate, up;  // of an MLP: [rows of a block][32]
+    AlignedBuffer<float> gate, up;   // of an MLP: [rows of a block][32]
+    AlignedBuffer<float> unordered;  // of a gar pair: [rows of a block][16]
     alignas(64) uint8_t panel[kPanelBytes];
     alignas(64) float sums[kUnitsPerRun * kMaxFewRows * kUnitOutputs];
   };
@@ -101,6 +118,11 @@ class LinearRunner {
   void RunParts(const LinearCall& call, std::span<const PackedLinear> layers);
   // Layers, stages and their place in z_.
   void PlanCall(const LinearCall& call, std::span<const PackedLinear> layers);
+  // Adds the stage that runs `group`, where it runs factors and has none yet.
+  static void PlanStage(const RowGroup& group, PartPlan* plan);
+  // out[row_order[first + i]] (+)= values[i] + bias, for `count` outputs of a gar pair and one row.
+  static void Scatter(const LinearCall& call, const PartPlan& plan, const FactorStage& stage,
+                      int64_t row, int64_t first, int64_t count, const float* values);
 
   // linear.cc: few rows.
   void RunFewRows(const LinearCall& call);
@@ -122,9 +144,13 @@ class LinearRunner {
                 int thread);
   void RunPanels(const PartPlan& plan, int64_t unit, float* sums, LinearCost* executed);
   // B z of units [begin_unit, end_unit), whose sums lie `unit_size` floats apart.
-  void RunFactorB(const PartPlan& plan, const FactorStage& stage, int64_t begin_unit,
-                  int64_t end_unit, float* sums, int64_t unit_size, int thread);
-  // Adds the bias and writes the outputs.
+  void RunFactorB(const FactorStage& stage, int64_t begin_unit, int64_t end_unit, float* sums,
+                  int64_t unit_size, int thread);
+  // All that a gar pair contributes to a share of the part's units: as large a share of B z, and of
+  // the pivots.
+  void RunGarUnits(const LinearCall& call, const PartPlan& plan, const FactorStage& stage,
+                   int64_t begin, int64_t end, int thread);
+  // Adds the bias and writes the outputs, but for gar rows.
   void FinishUnit(const LinearCall& call, const PartPlan& plan, int64_t unit, float* sums,
                   LinearCost* executed);
 
@@ -132,6 +158,8 @@ class LinearRunner {
   void RunManyRows(const LinearCall& call);
   // Blocks of rows, so that every thread keeps to its own.
   int64_t NumBlocks(int64_t rows) const;
+  // The largest block of this many rows or fewer: fewer blocks may have more rows each.
+  int64_t LargestBlock(int64_t rows) const;
   RowBlock BlockAt(int64_t rows, int64_t index) const;
   // z of all parts, then all outputs, of an input that has been converted.
   void RunZ(const LinearCall& call);
@@ -163,6 +191,9 @@ class LinearRunner {
                          RowBlock block, const Outputs& to, int thread);
   void MultiplyByB(const LinearCall& call, const PartPlan& plan, const FactorStage& stage,
                    int64_t panel, RowBlock block, const Outputs& to, int thread);
+  // As large a share of a gar pair's outputs behind its pivots as a panel is of the part's.
+  void RunGarPanels(const LinearCall& call, const PartPlan& plan, const FactorStage& stage,
+                    int64_t panel, RowBlock block, int thread);
   // Rows of rank 0: the bias alone.
   void SetToBias(const LinearCall& call, const PartPlan& plan, int64_t panel, RowBlock block,
                  const Outputs& to, int thread);

@@ -37,17 +37,29 @@ RowGroup PartOf(RowGroup group, const RowBlock& block) {
   return group;
 }
 
-bool HasForm(std::span<const RowGroup> groups, Form form, const RowBlock& block) {
+// Groups that a predicate holds for: those of a form, or of a stage.
+auto HasForm(Form form) {
+  return [form](const RowGroup& group) { return group.form == form; };
+}
+
+template <typename Stage>
+auto RunsIn(const Stage& stage) {
+  return [&stage](const RowGroup& group) { return stage.Runs(group); };
+}
+
+// Whether some row of such a group lies in the block.
+template <typename Predicate>
+bool Has(std::span<const RowGroup> groups, Predicate predicate, const RowBlock& block) {
   return std::any_of(groups.begin(), groups.end(), [&](const RowGroup& group) {
-    return group.form == form && group.begin < block.end && group.end > block.begin;
+    return predicate(group) && group.begin < block.end && group.end > block.begin;
   });
 }
 
-// Whether the first row of the form lies in the block: of all the passes over a part, the one that
-// is counted.
-bool IsFirstWith(std::span<const RowGroup> groups, Form form, const RowBlock& block) {
-  const auto first = std::find_if(groups.begin(), groups.end(),
-                                  [&](const RowGroup& group) { return group.form == form; });
+// Whether the first such row lies in the block: of all the passes over a part, the one that is
+// counted.
+template <typename Predicate>
+bool HasFirst(std::span<const RowGroup> groups, Predicate predicate, const RowBlock& block) {
+  const auto first = std::find_if(groups.begin(), groups.end(), predicate);
   return first != groups.end() && first->begin >= block.begin && first->begin < block.end;
 }
 
@@ -87,6 +99,10 @@ int64_t LinearRunner::NumBlocks(int64_t rows) const {
   return std::clamp<int64_t>(rows / kMinRowsPerBlock, 1, pool_->num_threads());
 }
 
+int64_t LinearRunner::LargestBlock(int64_t rows) const {
+  return std::max(rows / NumBlocks(rows), std::min(rows, 2 * kMinRowsPerBlock)) + kRowsPerTile;
+}
+
 RowBlock LinearRunner::BlockAt(int64_t rows, int64_t index) const {
   const int64_t num_blocks = NumBlocks(rows);
   const auto begin_of = [&](int64_t i) {
@@ -106,15 +122,15 @@ void LinearRunner::RunZ(const LinearCall& call) {
   if (kernels_->int8_gemm != nullptr) z_codes_.GrowTo(z_size_);
   int64_t groups = 0;
   for (size_t i = 0; i < call.parts.size(); ++i)
-    groups += NumGroups(plans_[i].residual.max_rank) + NumGroups(plans_[i].prefix.max_rank);
+    for (const FactorStage& stage : plans_[i].stages()) groups += NumGroups(stage.max_rank);
   pool_->Run(groups * NumBlocks(call.rows), [&](int64_t task, int thread) {
     const RowBlock block = BlockAt(call.rows, task / groups);
     int64_t group = task % groups;
     for (size_t i = 0; i < call.parts.size(); ++i) {
-      for (const FactorStage* stage : {&plans_[i].residual, &plans_[i].prefix}) {
-        const int64_t count = NumGroups(stage->max_rank);
+      for (const FactorStage& stage : std::as_const(plans_[i]).stages()) {
+        const int64_t count = NumGroups(stage.max_rank);
         if (group >= 0 && group < count)
-          RunGroupOfZ(call, plans_[i], *stage, group * kGroupSize, block, thread);
+          RunGroupOfZ(call, plans_[i], stage, group * kGroupSize, block, thread);
         group -= count;
       }
     }
@@ -123,7 +139,15 @@ void LinearRunner::RunZ(const LinearCall& call) {
 
 void LinearRunner::RunAllPanels(const LinearCall& call) {
   int64_t panels = 0;
-  for (size_t i = 0; i < call.parts.size(); ++i) panels += NumPanels(plans_[i].layer->out);
+  bool has_gar = false;
+  for (size_t i = 0; i < call.parts.size(); ++i) {
+    panels += NumPanels(plans_[i].layer->out);
+    for (const FactorStage& stage : plans_[i].stages()) has_gar = has_gar || stage.IsGar();
+  }
+  if (has_gar) {
+    for (ThreadState& thread : threads_)
+      thread.unordered.GrowTo(LargestBlock(call.rows) * kPanelOutputs);
+  }
   pool_->Run(panels * NumBlocks(call.rows), [&](int64_t task, int thread) {
     const RowBlock block = BlockAt(call.rows, task / panels);
     int64_t panel = task % panels;
@@ -140,8 +164,9 @@ bool LinearRunner::RunsInCodes(const LinearCall& call, std::span<const PackedLin
   for (const LinearPart& part : call.parts) {
     for (const RowGroup& group : part.groups) {
       const PackedLinear& layer = layers[part.layer];
+      const bool is_dense = group.form == Form::kDense;
       const Arithmetic arithmetic =
-          group.form == Form::kPrefix ? ArithmeticOfPlanes(layer) : ArithmeticOf(layer, group.form);
+          is_dense ? ArithmeticOf(layer, group.form) : ArithmeticOfPlanes(layer);
       if (arithmetic != Arithmetic::kInt8) return false;
     }
   }
@@ -151,7 +176,12 @@ bool LinearRunner::RunsInCodes(const LinearCall& call, std::span<const PackedLin
 bool LinearRunner::RunMlp(const MlpCall& call, std::span<const PackedLinear> layers) {
   CheckMlpCall(call);
   const int64_t rows = call.expand.rows;
-  if (rows <= kMaxFewRows || !RunsInCodes(call.expand, layers) ||
+  // The columns of a gar pair lie all over the hidden rows.
+  const bool has_gar =
+      std::any_of(call.expand.parts.begin(), call.expand.parts.end(), [&](const LinearPart& part) {
+        return Has(part.groups, HasForm(Form::kGar), {.begin = 0, .end = rows});
+      });
+  if (rows <= kMaxFewRows || has_gar || !RunsInCodes(call.expand, layers) ||
       !RunsInCodes(call.contract, layers)) {
     return false;
   }
@@ -162,12 +192,9 @@ bool LinearRunner::RunMlp(const MlpCall& call, std::span<const PackedLinear> lay
   const int64_t max_stride = std::max(hidden_stride, CodeStride(call.expand.in.cols));
   input_codes_.GrowTo(rows * max_stride);
   hidden_codes_.GrowTo(rows * max_stride);
-  // The largest block of this many rows or fewer: fewer blocks may have more rows each.
-  const int64_t block_rows =
-      std::max(rows / num_blocks, std::min(rows, 2 * kMinRowsPerBlock)) + kRowsPerTile;
   for (ThreadState& thread : threads_) {
-    thread.gate.GrowTo(block_rows * kUnitOutputs);
-    thread.up.GrowTo(block_rows * kUnitOutputs);
+    thread.gate.GrowTo(LargestBlock(rows) * kUnitOutputs);
+    thread.up.GrowTo(LargestBlock(rows) * kUnitOutputs);
   }
   PlanCall(call.expand, layers);
   ConvertInput(call.expand);
@@ -265,17 +292,27 @@ void LinearRunner::RunGroupOfZ(const LinearCall& call, const PartPlan& plan,
                                const FactorStage& stage, int64_t first, RowBlock block,
                                int thread) {
   const std::span<const RowGroup> groups = plan.part->groups;
-  if (!HasForm(groups, stage.form, block)) return;
+  if (!Has(groups, RunsIn(stage), block)) return;
   const int64_t end = std::min(first + kGroupSize, stage.max_rank);
   for (int64_t k = first; k < end; k += kPanelOutputs)
     MultiplyByA(call, plan, stage, k, block, thread);
+  if (stage.IsGar()) {
+    for (const RowGroup& group : groups) {
+      const RowGroup rows = PartOf(group, block);
+      for (int64_t t = rows.begin; t < rows.end && stage.Runs(rows); ++t)
+        Scatter(call, plan, stage, t, first, end - first,
+                z_.data() + stage.z_offset + t * stage.z_stride + first);
+    }
+    if (HasFirst(groups, RunsIn(stage), block))
+      threads_[thread].executed.weight_bytes += (end - first) * PackedLinear::kRowOrderBytes;
+  }
   if (ArithmeticOfPlanes(*plan.layer) != Arithmetic::kInt8) return;
   float scales[kGroupSize];
   std::transform(stage.factors->largest_b_scales + first,
                  stage.factors->largest_b_scales + first + kGroupSize, scales, FloatFromBfloat16);
   for (const RowGroup& group : groups) {
     const RowGroup rows = PartOf(group, block);
-    if (rows.form != stage.form || rows.rank <= first || rows.begin >= rows.end) continue;
+    if (!stage.Runs(rows) || rows.rank <= first || rows.begin >= rows.end) continue;
     const int64_t at = stage.z_offset + rows.begin * stage.z_stride + first;
     const int64_t count = std::min(kGroupSize, rows.rank - first);
     for (int64_t t = 0; t < rows.end - rows.begin; ++t) {
@@ -312,7 +349,7 @@ void LinearRunner::MultiplyByA(const LinearCall& call, const PartPlan& plan,
     }
     for (const RowGroup& group : groups) {
       const RowGroup rows = PartOf(group, block);
-      if (rows.form != stage.form || rows.rank <= first || rows.begin >= rows.end) continue;
+      if (!stage.Runs(rows) || rows.rank <= first || rows.begin >= rows.end) continue;
       const int64_t count = std::min(components, rows.rank - first);
       const int64_t offset = stage.z_offset + rows.begin * stage.z_stride + first;
       MultiplyInput(call, arithmetic, {rows.begin, rows.end}, begin, end, state.panel,
@@ -323,7 +360,7 @@ void LinearRunner::MultiplyByA(const LinearCall& call, const PartPlan& plan,
       state.executed.flops += 2 * (rows.end - rows.begin) * count * (end - begin);
     }
   }
-  if (IsFirstWith(groups, stage.form, block))
+  if (HasFirst(groups, RunsIn(stage), block))
     state.executed.weight_bytes += components * layer.a_component_bytes();
 }
 
@@ -335,12 +372,39 @@ void LinearRunner::RunPanel(const LinearCall& call, const PartPlan& plan, int64_
                             RowBlock block, const Outputs& to, int thread) {
   SetToBias(call, plan, panel, block, to, thread);
   for (const Form form : {Form::kResidual, Form::kDense}) {
-    if (HasForm(plan.part->groups, form, block))
+    if (Has(plan.part->groups, HasForm(form), block))
       MultiplyByWeights(call, plan, form, panel, block, to, thread);
   }
-  for (const FactorStage* stage : {&plan.residual, &plan.prefix}) {
-    if (HasForm(plan.part->groups, stage->form, block))
-      MultiplyByB(call, plan, *stage, panel, block, to, thread);
+  for (const FactorStage& stage : plan.stages()) {
+    if (!Has(plan.part->groups, RunsIn(stage), block)) continue;
+    if (stage.IsGar()) {
+      RunGarPanels(call, plan, stage, panel, block, thread);
+    } else {
+      MultiplyByB(call, plan, stage, panel, block, to, thread);
+    }
+  }
+}
+
+void LinearRunner::RunGarPanels(const LinearCall& call, const PartPlan& plan,
+                                const FactorStage& stage, int64_t panel, RowBlock block,
+                                int thread) {
+  ThreadState& state = threads_[thread];
+  const std::span<const RowGroup> groups = plan.part->groups;
+  const int64_t panels = NumPanels(stage.outputs);
+  const int64_t part_panels = NumPanels(plan.layer->out);
+  const Outputs to = {
+      .data = state.unordered.data(), .stride = kPanelOutputs, .first_row = block.begin};
+  for (int64_t p = panels * panel / part_panels; p < panels * (panel + 1) / part_panels; ++p) {
+    MultiplyByB(call, plan, stage, p, block, to, thread);
+    const int64_t first = p * kPanelOutputs;
+    const int64_t outputs = std::min(kPanelOutputs, stage.outputs - first);
+    for (const RowGroup& group : groups) {
+      const RowGroup rows = PartOf(group, block);
+      for (int64_t t = rows.begin; t < rows.end && stage.Runs(rows); ++t)
+        Scatter(call, plan, stage, t, stage.max_rank + first, outputs, to.Row(t));
+    }
+    if (HasFirst(groups, RunsIn(stage), block))
+      state.executed.weight_bytes += outputs * PackedLinear::kRowOrderBytes;
   }
 }
 
@@ -413,14 +477,15 @@ void LinearRunner::MultiplyByWeights(const LinearCall& call, const PartPlan& pla
       state.executed.flops += 2 * (rows.end - rows.begin) * outputs * (end - begin);
     }
   }
-  if (!IsFirstWith(groups, form, block)) return;
+  if (!HasFirst(groups, HasForm(form), block)) return;
   const bool is_dense = form == Form::kDense;
   int64_t bytes = 0;
   if (is_dense && layer.fine == nullptr) bytes += layer.dense_output_bytes();
   if (is_dense && layer.fine != nullptr) bytes += layer.fine_output_bytes();
   // One pass over the coarse plane serves residual and dense rows.
   const bool reads_coarse = !is_dense || layer.fine != nullptr;
-  const bool was_counted = is_dense && HasForm(groups, Form::kResidual, RowBlock{0, call.rows});
+  const bool was_counted =
+      is_dense && Has(groups, HasForm(Form::kResidual), RowBlock{0, call.rows});
   if (reads_coarse && !was_counted) bytes += layer.coarse_output_bytes();
   state.executed.weight_bytes += outputs * bytes;
 }
@@ -466,17 +531,19 @@ void LinearRunner::MultiplyByB(const LinearCall& call, const PartPlan& plan,
   const PackedLinear& layer = *plan.layer;
   const std::span<const RowGroup> groups = plan.part->groups;
   const int64_t first = panel * kPanelOutputs;
-  const int64_t outputs = std::min(kPanelOutputs, layer.out - first);
-  const bool is_prefix = stage.form == Form::kPrefix;
+  const int64_t outputs = std::min(kPanelOutputs, stage.outputs - first);
   const bool in_codes = ArithmeticOfPlanes(layer) == Arithmetic::kInt8;
   const int64_t depth_of_panel = DepthOfPanel(ArithmeticOfPlanes(layer));
   ThreadState& state = threads_[thread];
   for (int64_t begin = 0; begin < stage.max_rank; begin += depth_of_panel) {
     const int64_t end = std::min(stage.max_rank, begin + depth_of_panel);
-    // Residual rows have their bias, and an output to add to, from the coarse plane.
-    const bool is_first = is_prefix && begin == 0;
-    const float* bias = is_first && layer.bias != nullptr ? layer.bias + first : nullptr;
-    const bool adds = call.add_to_output || !is_first;
+    // Residual rows have their bias, and an output to add to, from the coarse plane; outputs of a
+    // gar pair get theirs when they are scattered.
+    const bool is_first = stage.form != Form::kResidual && begin == 0;
+    const bool is_ordered = !stage.IsGar();
+    const float* bias =
+        is_first && is_ordered && layer.bias != nullptr ? layer.bias + first : nullptr;
+    const bool adds = (is_ordered && call.add_to_output) || !is_first;
     auto* floats = reinterpret_cast<float*>(state.panel);
     if (in_codes) {
       UnpackBCodes(stage, first, begin, end, state.panel);
@@ -485,7 +552,7 @@ void LinearRunner::MultiplyByB(const LinearCall& call, const PartPlan& plan,
     }
     for (const RowGroup& group : groups) {
       const RowGroup rows = PartOf(group, block);
-      if (rows.form != stage.form || rows.rank <= begin || rows.begin >= rows.end) continue;
+      if (!stage.Runs(rows) || rows.rank <= begin || rows.begin >= rows.end) continue;
       const int64_t num_rows = rows.end - rows.begin;
       const int64_t depth = std::min(end, rows.rank) - begin;
       const int64_t z = stage.z_offset + rows.begin * stage.z_stride + begin;
@@ -501,7 +568,7 @@ void LinearRunner::MultiplyByB(const LinearCall& call, const PartPlan& plan,
     }
   }
   // Counted once for the two panels that share the component's 32 outputs.
-  if (first % kUnitOutputs == 0 && IsFirstWith(groups, stage.form, block))
+  if (first % kUnitOutputs == 0 && HasFirst(groups, RunsIn(stage), block))
     state.executed.weight_bytes += stage.max_rank * PackedLinear::kBComponentBytes;
 }
 

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "base/bfloat16.h"
+#include "base/check.h"
 #include "base/status_macros.h"
 #include "kernels/cpu/kernels.h"
 
@@ -159,6 +160,13 @@ std::span<const BSegment> PackedFactors::SegmentsOf(int64_t rank) const {
   return {segments, static_cast<size_t>(count)};
 }
 
+const PackedGar& PackedLinear::GarOfRank(int64_t rank) const {
+  const auto found = std::find_if(
+      gar.begin(), gar.end(), [&](const PackedGar& pair) { return pair.factors.max_rank == rank; });
+  NESTOR_CHECK(found != gar.end());
+  return *found;
+}
+
 const uint8_t* PackedLinear::CoarsePanel(int64_t panel) const {
   return coarse + panel * groups() * kCoarseGroupBytes;
 }
@@ -192,6 +200,14 @@ absl::StatusOr<PackedLinear> PackLinear(const LinearWeights& weights, MemoryAren
                           PackFactors(weights.residual, weights.out, weights.in, arena));
   NESTOR_ASSIGN_OR_RETURN(layer.prefix,
                           PackFactors(weights.prefix, weights.out, weights.in, arena));
+  for (const GarView& view : weights.gar) {
+    PackedGar& pair = layer.gar.emplace_back();
+    FactorView factors = view.factors;
+    factors.level_ranks = {factors.max_rank};  // in one piece
+    NESTOR_ASSIGN_OR_RETURN(
+        pair.factors, PackFactors(factors, weights.out - factors.max_rank, weights.in, arena));
+    NESTOR_ASSIGN_OR_RETURN(pair.rows, Copied(view.rows, weights.out, arena));
+  }
   if (weights.bias != nullptr) {
     NESTOR_ASSIGN_OR_RETURN(layer.bias, Copied(weights.bias, weights.out, arena));
   }

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <span>
+#include <vector>
 
 #include "absl/status/statusor.h"
 #include "kernels/cpu/memory_arena.h"
@@ -41,6 +42,12 @@ struct PackedFactors {
   std::span<const BSegment> SegmentsOf(int64_t rank) const;
 };
 
+// A frozen prefix: factors whose B makes the outputs behind the pivots.
+struct PackedGar {
+  PackedFactors factors;
+  const int32_t* rows = nullptr;  // [out], the pivots first
+};
+
 // One linear layer in the CPU's own layout, one copy of every weight (kernels.h describes the
 // panels). Plain pointers into the arena that it was packed into.
 struct PackedLinear {
@@ -52,10 +59,13 @@ struct PackedLinear {
   const uint8_t* fine = nullptr;         // fine panels
   PackedFactors residual = {};
   PackedFactors prefix = {};
+  std::vector<PackedGar> gar = {};
   const float* bias = nullptr;
   bool float_activations = false;  // multiplied in fp32 by any number of rows
 
   int64_t groups() const { return NumGroups(in); }
+  // REQUIRES: there is one.
+  const PackedGar& GarOfRank(int64_t rank) const;
   const uint8_t* CoarsePanel(int64_t panel) const;
   const uint8_t* FinePanel(int64_t panel) const;
   const uint16_t* Bf16Panel(int64_t panel) const;
@@ -67,6 +77,8 @@ struct PackedLinear {
   int64_t dense_output_bytes() const { return in * (dense_bf16 != nullptr ? 2 : 4); }
   int64_t a_component_bytes() const { return PaddedToGroup(in) + 2 * groups(); }
   static constexpr int64_t kBComponentBytes = kGroupSize + 2;
+  // For one output of a gar pair: its place.
+  static constexpr int64_t kRowOrderBytes = 4;
 };
 
 // RESOURCE_EXHAUSTED as the arena says. REQUIRES: `weights` are valid (call_checks.h).

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <set>
 #include <string>
 #include <utility>
 
@@ -23,6 +24,11 @@ struct ReferenceFactors {
   std::vector<uint16_t> bt_scales;  // [max_rank, NumGroups(out)]
 };
 
+struct ReferenceGar {
+  ReferenceFactors factors;
+  std::vector<int32_t> rows;  // [out]
+};
+
 // A layer as it was stored, copied.
 struct ReferenceLinear {
   int64_t out = 0;
@@ -34,12 +40,20 @@ struct ReferenceLinear {
   std::vector<uint16_t> scales;
   ReferenceFactors residual;
   ReferenceFactors prefix;
+  std::vector<ReferenceGar> gar;
   std::vector<float> bias;
   bool float_activations = false;
 
   DenseStorage storage() const {
     if (!dense_f32.empty()) return DenseStorage::kF32;
     return dense_bf16.empty() ? DenseStorage::kPlanes : DenseStorage::kBf16;
+  }
+  const ReferenceGar& GarOfRank(int64_t rank) const {
+    const auto found = std::find_if(gar.begin(), gar.end(), [&](const ReferenceGar& pair) {
+      return pair.factors.max_rank == rank;
+    });
+    NESTOR_CHECK(found != gar.end());
+    return *found;
   }
 };
 
@@ -61,6 +75,11 @@ ReferenceFactors CopyOf(const FactorView& view, int64_t out, int64_t in) {
           .a_scales = CopyOf(view.a_scales, rank * NumGroups(in)),
           .bt = CopyOf(view.bt, rank * PaddedToGroup(out)),
           .bt_scales = CopyOf(view.bt_scales, rank * NumGroups(out))};
+}
+
+int64_t BytesOf(const ReferenceFactors& factors) {
+  return std::ssize(factors.a) + std::ssize(factors.bt) + 2 * std::ssize(factors.a_scales) +
+         2 * std::ssize(factors.bt_scales);
 }
 
 double ScaledCode(const std::vector<int8_t>& codes, const std::vector<uint16_t>& scales,
@@ -176,6 +195,7 @@ class ReferenceBackend : public Backend {
   void RunGroup(const ReferenceLinear& layer, const RowGroup& group, const double* x, double* y);
   void AddFactors(const ReferenceLinear& layer, const ReferenceFactors& factors,
                   const RowGroup& group, const double* x, double* y);
+  void RunGar(const ReferenceLinear& layer, const RowGroup& group, const double* x, double* y);
   void Count(const ReferenceLinear& layer, std::span<const RowGroup> groups);
   // The vector [head_dim] of one head, rotated to `position` where the call asks for it.
   std::vector<double> Rotated(const AttentionCall& call, const double* head, int64_t position);
@@ -215,8 +235,12 @@ absl::StatusOr<LinearId> ReferenceBackend::LoadLinear(const LinearWeights& weigh
   weight_bytes_ += 4 * layer.dense_f32.size() + 2 * layer.dense_bf16.size() + layer.coarse.size() +
                    layer.fine.size() + 2 * layer.scales.size() + 4 * layer.bias.size();
   for (const ReferenceFactors* factors : {&layer.residual, &layer.prefix}) {
-    weight_bytes_ += factors->a.size() + factors->bt.size() + 2 * factors->a_scales.size() +
-                     2 * factors->bt_scales.size();
+    weight_bytes_ += BytesOf(*factors);
+  }
+  for (const GarView& view : weights.gar) {
+    layer.gar.push_back({.factors = CopyOf(view.factors, out - view.factors.max_rank, in),
+                         .rows = CopyOf(view.rows, out)});
+    weight_bytes_ += BytesOf(layer.gar.back().factors) + 4 * out;
   }
   linears_.push_back(std::move(layer));
   return static_cast<LinearId>(linears_.size() - 1);
@@ -317,8 +341,29 @@ void ReferenceBackend::AddFactors(const ReferenceLinear& layer, const ReferenceF
   }
 }
 
+void ReferenceBackend::RunGar(const ReferenceLinear& layer, const RowGroup& group, const double* x,
+                              double* y) {
+  const auto& [factors, rows] = layer.GarOfRank(group.rank);
+  const int64_t others = layer.out - group.rank;
+  std::vector<double> a(layer.in);
+  std::vector<double> b(others);
+  for (int64_t k = 0; k < group.rank; ++k) {
+    for (int64_t j = 0; j < layer.in; ++j)
+      a[j] = ScaledCode(factors.a, factors.a_scales, k, j, layer.in);
+    for (int64_t i = 0; i < others; ++i)
+      b[i] = ScaledCode(factors.bt, factors.bt_scales, k, i, others);
+    for (int64_t t = group.begin; t < group.end; ++t) {
+      const double z = Dot(a, x + t * layer.in);
+      double* row = y + t * layer.out;
+      row[rows[k]] += z;
+      for (int64_t i = 0; i < others; ++i) row[rows[group.rank + i]] += b[i] * z;
+    }
+  }
+}
+
 void ReferenceBackend::RunGroup(const ReferenceLinear& layer, const RowGroup& group,
                                 const double* x, double* y) {
+  const bool has_plane = group.form == Form::kDense || group.form == Form::kResidual;
   std::vector<double> weights(layer.in);
   for (int64_t i = 0; i < layer.out; ++i) {
     for (int64_t j = 0; j < layer.in; ++j) {
@@ -327,12 +372,13 @@ void ReferenceBackend::RunGroup(const ReferenceLinear& layer, const RowGroup& gr
     }
     const double bias = layer.bias.empty() ? 0.0 : layer.bias[i];
     for (int64_t t = group.begin; t < group.end; ++t) {
-      const double product = group.form == Form::kPrefix ? 0.0 : Dot(weights, x + t * layer.in);
+      const double product = has_plane ? Dot(weights, x + t * layer.in) : 0.0;
       y[t * layer.out + i] = product + bias;
     }
   }
   if (group.form == Form::kResidual) AddFactors(layer, layer.residual, group, x, y);
   if (group.form == Form::kPrefix) AddFactors(layer, layer.prefix, group, x, y);
+  if (group.form == Form::kGar) RunGar(layer, group, x, y);
 }
 
 std::vector<double> ReferenceBackend::InputOf(const LinearCall& call, bool is_quantised) {
@@ -356,11 +402,13 @@ void ReferenceBackend::Count(const ReferenceLinear& layer, std::span<const RowGr
   };
   int64_t max_residual = -1;
   int64_t max_prefix = -1;
+  std::set<int64_t> gar_ranks;
   bool has_dense = false;
   for (const RowGroup& group : groups) {
     executed_.flops += (group.end - group.begin) * cost_of(group.form, group.rank).flops;
     if (group.form == Form::kResidual) max_residual = std::max(max_residual, group.rank);
     if (group.form == Form::kPrefix) max_prefix = std::max(max_prefix, group.rank);
+    if (group.form == Form::kGar) gar_ranks.insert(group.rank);
     has_dense = has_dense || group.form == Form::kDense;
   }
   // Each part is read once for all groups: the coarse plane serves residual and dense rows.
@@ -373,6 +421,7 @@ void ReferenceBackend::Count(const ReferenceLinear& layer, std::span<const RowGr
              (shares_plane ? cost_of(Form::kResidual, 0).weight_bytes : bias_bytes);
   }
   if (max_prefix >= 0) bytes += cost_of(Form::kPrefix, max_prefix).weight_bytes - bias_bytes;
+  for (const int64_t rank : gar_ranks) bytes += cost_of(Form::kGar, rank).weight_bytes - bias_bytes;
   executed_.weight_bytes += bytes;
 }
 

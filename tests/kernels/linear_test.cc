@@ -255,6 +255,32 @@ std::vector<Case> Cases() {
        {.out = 300, .in = 40, .dense = kPlanes, .prefix_rank = 290, .float_activations = true},
        Form::kPrefix,
        270},
+      {"GarAligned",
+       {.out = 96, .in = 64, .dense = kPlanes, .gar_ranks = {64, 32}},
+       Form::kGar,
+       32},
+      {"GarOdd",
+       {.out = 75, .in = 141, .dense = kPlanes, .gar_ranks = {21, 43}, .has_bias = true},
+       Form::kGar,
+       43},
+      {"GarOfAllRowsButOne",
+       {.out = 71, .in = 80, .dense = kBf16, .gar_ranks = {70}, .has_bias = true},
+       Form::kGar,
+       70},
+      {"GarOfOneRow", {.out = 530, .in = 40, .dense = kPlanes, .gar_ranks = {1}}, Form::kGar, 1},
+      {"GarWide",
+       {.out = 700, .in = 45, .dense = kPlanes, .gar_ranks = {290}, .has_bias = true},
+       Form::kGar,
+       290},
+      {"GarInFloats",
+       {.out = 70,
+        .in = 300,
+        .dense = kPlanes,
+        .gar_ranks = {33},
+        .has_bias = true,
+        .float_activations = true},
+       Form::kGar,
+       33},
       {"Bf16InFloats",
        {.out = 61, .in = 83, .dense = kBf16, .has_coarse = false, .float_activations = true},
        Form::kDense,
@@ -271,6 +297,8 @@ INSTANTIATE_TEST_SUITE_P(Cpu, LinearForms,
 
 class MixedGroups : public ::testing::TestWithParam<CpuInstructionSet> {};
 
+constexpr int64_t kMixedGarRanks[] = {5, 16, 31};
+
 // Three layers over one input, every form, in an order that no ladder would have.
 std::vector<std::vector<RowGroup>> RandomGroups(int64_t rows, bool is_bf16, uint32_t seed) {
   std::mt19937 random(seed);
@@ -278,8 +306,9 @@ std::vector<std::vector<RowGroup>> RandomGroups(int64_t rows, bool is_bf16, uint
   for (std::vector<RowGroup>& groups : parts) {
     for (int64_t begin = 0; begin < rows;) {
       const int64_t end = std::min<int64_t>(rows, begin + 1 + random() % 5);
-      const auto form = static_cast<Form>(random() % 3);
-      const int64_t rank = form == Form::kDense ? 0 : random() % (is_bf16 ? 9 : 71);
+      const auto form = static_cast<Form>(random() % 4);
+      int64_t rank = form == Form::kDense ? 0 : random() % (is_bf16 ? 9 : 71);
+      if (form == Form::kGar) rank = kMixedGarRanks[random() % 3];
       groups.push_back({.begin = begin, .end = end, .form = form, .rank = rank});
       begin = end;
     }
@@ -303,6 +332,7 @@ std::vector<RandomLayer> MixedLayers(const MixedCase& c) {
                            .dense = c.is_bf16 ? DenseStorage::kBf16 : DenseStorage::kPlanes,
                            .residual_rank = 70,
                            .prefix_rank = 75,
+                           .gar_ranks = {kMixedGarRanks, kMixedGarRanks + 3},
                            .has_bias = true,
                            .float_activations = c.has_floats && layers.size() == 1},
         static_cast<uint32_t>(out));
@@ -397,6 +427,7 @@ std::vector<RandomLayer> MlpLayers(int64_t hidden, bool has_gate, DenseStorage d
                            .dense = dense,
                            .residual_rank = 40,
                            .prefix_rank = 50,
+                           .gar_ranks = {kMixedGarRanks, kMixedGarRanks + 3},
                            .has_bias = true};
   RandomLayer::Shape down = up;
   down.out = 70;
@@ -516,6 +547,19 @@ TEST_P(MixedGroups, SharedCoarsePlaneIsReadOnceForResidualAndDenseRows) {
   }
 }
 
+TEST_P(MixedGroups, EveryGarPairIsReadOnceWithTheOrderOfItsRows) {
+  // Of 64 x 96: rank 32 is 32 * (96 + 32 + 2 * (3 + 1)) + 4 * 64, rank 4 is
+  // 4 * (96 + 64 + 2 * (3 + 2)) + 4 * 64, since its 60 other rows are padded; the bias is 4 * 64.
+  const RandomLayer layer({.out = 64, .in = 96, .gar_ranks = {4, 32}, .has_bias = true}, 1);
+  for (const int64_t rows : {6, 30, 230}) {
+    const Device cpu = Device::Cpu(GetParam(), 2);
+    RunLinear(cpu, layer, RandomFloats(rows * 96, 1),
+              {{0, 2, Form::kGar, 32}, {2, 5, Form::kGar, 4}, {5, rows, Form::kGar, 32}});
+    EXPECT_EQ(cpu->executed().weight_bytes, 4352 + 256 + 680 + 256 + 256);
+    EXPECT_EQ(cpu->executed().flops, 2 * ((rows - 3) * 32 * 128 + 3 * 4 * 156));
+  }
+}
+
 TEST_P(MixedGroups, ResidentBytesAreThoseOfOneLayout) {
   // Planes 2 * 2,048 + scales 256, factors 4 * 136, no padding at these sizes, but for the 32
   // largest scales of B.
@@ -530,6 +574,7 @@ INSTANTIATE_TEST_SUITE_P(Cpu, MixedGroups, ::testing::ValuesIn(RunnableInstructi
 
 TEST(LoadLinear, NamesTheLayerAndWhatDoesNotFit) {
   const RandomLayer layer({.out = 64, .in = 64, .residual_rank = 4}, 1);
+  const RandomLayer gar({.out = 8, .in = 64, .gar_ranks = {3, 5}}, 1);
   for (const Device& device :
        {Device::Reference(false), Device::Cpu(CpuInstructionSet::kPortable, 1)}) {
     LinearWeights weights = layer.View();
@@ -545,6 +590,23 @@ TEST(LoadLinear, NamesTheLayerAndWhatDoesNotFit) {
     weights.residual.bt = nullptr;
     EXPECT_THAT(std::string(device->LoadLinear(weights).status().message()),
                 HasSubstr("residual factors of rank 4 lack their codes"));
+    weights = gar.View();
+    weights.gar[0].factors.a_scales = nullptr;
+    EXPECT_THAT(std::string(device->LoadLinear(weights).status().message()),
+                HasSubstr("gar factors of rank 3 lack their scales"));
+    weights = gar.View();
+    weights.gar[1].factors.max_rank = 8;
+    EXPECT_THAT(std::string(device->LoadLinear(weights).status().message()),
+                HasSubstr("layer random [8, 64]: gar rank is 8"));
+    weights = gar.View();
+    weights.gar[1] = weights.gar[0];
+    EXPECT_THAT(std::string(device->LoadLinear(weights).status().message()),
+                HasSubstr("has two gar pairs of rank 3"));
+    weights = gar.View();
+    const int32_t twice[] = {0, 1, 2, 3, 4, 5, 6, 2};
+    weights.gar[1].rows = twice;
+    EXPECT_THAT(std::string(device->LoadLinear(weights).status().message()),
+                HasSubstr("gar pair of rank 5: rows[7] is 2, expected a permutation"));
     weights = layer.View();
     weights.in = 0;
     EXPECT_EQ(device->LoadLinear(weights).status().code(), absl::StatusCode::kInvalidArgument);

@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <random>
+#include <utility>
 
 #include "base/bfloat16.h"
 #include "kernels/cpu/kernels.h"
@@ -29,10 +31,12 @@ RandomLayer::Factors RandomLayer::MakeFactors(int64_t rank, int64_t out, int64_t
   std::mt19937 random(seed);
   std::uniform_int_distribution<int> code(-127, 127);
   Factors factors = {.rank = rank,
+                     .out = out,
                      .a = std::vector<int8_t>(rank * PaddedToGroup(in)),
                      .bt = std::vector<int8_t>(rank * PaddedToGroup(out)),
                      .a_scales = std::vector<uint16_t>(rank * NumGroups(in)),
-                     .bt_scales = std::vector<uint16_t>(rank * NumGroups(out))};
+                     .bt_scales = std::vector<uint16_t>(rank * NumGroups(out)),
+                     .rows = {}};
   for (int64_t k = 0; k < rank; ++k) {
     for (int64_t j = 0; j < in; ++j)
       factors.a[k * PaddedToGroup(in) + j] = static_cast<int8_t>(code(random));
@@ -81,6 +85,13 @@ RandomLayer::RandomLayer(const Shape& shape, uint32_t seed) : shape_(shape) {
   }
   residual_ = MakeFactors(shape.residual_rank, out, in, seed + 1);
   prefix_ = MakeFactors(shape.prefix_rank, out, in, seed + 2);
+  for (const int64_t rank : shape.gar_ranks) {
+    Factors& pair = gar_.emplace_back(
+        MakeFactors(rank, out - rank, in, seed + 3 + static_cast<uint32_t>(rank)));
+    pair.rows.resize(out);
+    std::iota(pair.rows.begin(), pair.rows.end(), 0);
+    std::shuffle(pair.rows.begin(), pair.rows.end(), random);
+  }
   if (shape.has_bias) {
     bias_.resize(out);
     for (float& value : bias_) value = weight(random);
@@ -89,6 +100,9 @@ RandomLayer::RandomLayer(const Shape& shape, uint32_t seed) : shape_(shape) {
 
 LinearWeights RandomLayer::View() const {
   const auto data = [](const auto& values) { return values.empty() ? nullptr : values.data(); };
+  std::vector<GarView> gar;
+  for (const Factors& pair : gar_)
+    gar.push_back({.factors = pair.View(), .rows = pair.rows.data()});
   return {.name = "random",
           .out = shape_.out,
           .in = shape_.in,
@@ -99,6 +113,7 @@ LinearWeights RandomLayer::View() const {
           .scales = data(scales_),
           .residual = residual_.View(),
           .prefix = prefix_.View(),
+          .gar = std::move(gar),
           .bias = data(bias_),
           .float_activations = shape_.float_activations};
 }
@@ -115,29 +130,40 @@ double RandomLayer::WeightAt(Form form, int64_t row, int64_t col) const {
   return scale * (16 * code(coarse_) + (form == Form::kDense ? code(fine_) : 0));
 }
 
+const RandomLayer::Factors& RandomLayer::FactorsOf(Form form, int64_t rank) const {
+  if (form == Form::kResidual) return residual_;
+  if (form == Form::kPrefix) return prefix_;
+  return *std::find_if(gar_.begin(), gar_.end(),
+                       [&](const Factors& pair) { return pair.rank == rank; });
+}
+
+std::vector<double> RandomLayer::InOrder(const Factors& factors,
+                                         const std::vector<double>& values) const {
+  if (factors.rows.empty()) return values;
+  std::vector<double> result(shape_.out);
+  for (size_t i = 0; i < values.size(); ++i) result[factors.rows[factors.rank + i]] = values[i];
+  return result;
+}
+
 std::vector<double> RandomLayer::Magnitude(Form form, int64_t rank,
                                            std::span<const double> x) const {
-  const int64_t in = shape_.in;
-  const int64_t out = shape_.out;
-  std::vector<double> result(out);
-  for (int64_t i = 0; i < out; ++i) {
+  std::vector<double> result(shape_.out);
+  for (int64_t i = 0; i < shape_.out; ++i) {
     if (!bias_.empty()) result[i] = std::abs(bias_[i]);
-    if (form == Form::kPrefix) continue;
-    for (int64_t j = 0; j < in; ++j) result[i] += std::abs(WeightAt(form, i, j) * x[j]);
+    if (form == Form::kPrefix || form == Form::kGar) continue;
+    for (int64_t j = 0; j < shape_.in; ++j) result[i] += std::abs(WeightAt(form, i, j) * x[j]);
   }
-  const Factors& factors = form == Form::kPrefix ? prefix_ : residual_;
-  for (int64_t k = 0; form != Form::kDense && k < rank; ++k) {
-    double z = 0;
-    for (int64_t j = 0; j < in; ++j) {
-      z += std::abs(FloatFromBfloat16(factors.a_scales[k * NumGroups(in) + j / kGroupSize]) *
-                    factors.a[k * PaddedToGroup(in) + j] * x[j]);
-    }
-    for (int64_t i = 0; i < out; ++i) {
-      result[i] +=
-          z * std::abs(FloatFromBfloat16(factors.bt_scales[k * NumGroups(out) + i / kGroupSize]) *
-                       factors.bt[k * PaddedToGroup(out) + i]);
-    }
+  if (form == Form::kDense) return result;
+  const Factors& factors = FactorsOf(form, rank);
+  const std::vector<double> z = LargestComponents(factors, rank, x);
+  std::vector<double> products(factors.out);
+  for (int64_t i = 0; i < factors.out; ++i) {
+    const std::vector<double> b = RowOfB(factors, rank, i);
+    for (int64_t k = 0; k < rank; ++k) products[i] += z[k] * b[k];
   }
+  products = InOrder(factors, products);
+  for (int64_t i = 0; i < shape_.out; ++i) result[i] += products[i];
+  for (int64_t k = 0; k < rank && form == Form::kGar; ++k) result[factors.rows[k]] += z[k];
   return result;
 }
 
@@ -158,47 +184,47 @@ std::vector<double> RandomLayer::RowOfB(const Factors& factors, int64_t rank, in
   std::vector<double> result(rank);
   for (int64_t k = 0; k < rank; ++k) {
     result[k] = std::abs(
-        FloatFromBfloat16(factors.bt_scales[k * NumGroups(shape_.out) + row / kGroupSize]) *
-        factors.bt[k * PaddedToGroup(shape_.out) + row]);
+        FloatFromBfloat16(factors.bt_scales[k * NumGroups(factors.out) + row / kGroupSize]) *
+        factors.bt[k * PaddedToGroup(factors.out) + row]);
   }
   return result;
 }
 
 std::vector<double> RandomLayer::RoundingOfZ(Form form, int64_t rank,
                                              std::span<const double> x) const {
-  std::vector<double> result(shape_.out);
-  if (form == Form::kDense || rank == 0) return result;
-  const Factors& factors = form == Form::kPrefix ? prefix_ : residual_;
+  if (form == Form::kDense || rank == 0) return std::vector<double>(shape_.out);
+  const Factors& factors = FactorsOf(form, rank);
+  std::vector<double> result(factors.out);
   const std::vector<double> z = LargestComponents(factors, rank, x);
-  for (int64_t i = 0; i < shape_.out; ++i) {
+  for (int64_t i = 0; i < factors.out; ++i) {
     double largest = 0;
     double codes = 0;
     for (int64_t k = 0; k < rank; ++k) {
       const double scale =
-          FloatFromBfloat16(factors.bt_scales[k * NumGroups(shape_.out) + i / kGroupSize]);
+          FloatFromBfloat16(factors.bt_scales[k * NumGroups(factors.out) + i / kGroupSize]);
       largest = std::max(largest, std::abs(z[k] * scale));
-      codes += std::abs(factors.bt[k * PaddedToGroup(shape_.out) + i]);
+      codes += std::abs(factors.bt[k * PaddedToGroup(factors.out) + i]);
     }
     result[i] = codes * largest / (2.0 * static_cast<double>(LargestZ(rank)));
   }
-  return result;
+  return InOrder(factors, result);
 }
 
 std::vector<double> RandomLayer::RoundingToGroups(Form form, int64_t rank,
                                                   std::span<const double> x) const {
-  std::vector<double> result(shape_.out);
-  if (form == Form::kDense || rank == 0) return result;
-  const Factors& factors = form == Form::kPrefix ? prefix_ : residual_;
+  if (form == Form::kDense || rank == 0) return std::vector<double>(shape_.out);
+  const Factors& factors = FactorsOf(form, rank);
+  std::vector<double> result(factors.out);
   std::vector<double> z = LargestComponents(factors, rank, x);
   std::vector<double> largest(rank);
-  const int64_t groups = NumGroups(shape_.out);
+  const int64_t groups = NumGroups(factors.out);
   for (int64_t k = 0; k < rank; ++k) {
     for (int64_t g = 0; g < groups; ++g)
       largest[k] =
           std::max<double>(largest[k], FloatFromBfloat16(factors.bt_scales[k * groups + g]));
     z[k] *= largest[k];
   }
-  for (int64_t i = 0; i < shape_.out; ++i) {
+  for (int64_t i = 0; i < factors.out; ++i) {
     const std::vector<double> b = RowOfB(factors, rank, i);
     for (int64_t begin = 0; begin < rank; begin += kGroupSize) {
       const int64_t end = std::min(begin + kGroupSize, rank);
@@ -209,7 +235,7 @@ std::vector<double> RandomLayer::RoundingToGroups(Form form, int64_t rank,
         result[i] += z_step * (b[k] / largest[k] + kCodeStep) + kCodeStep * z[k];
     }
   }
-  return result;
+  return InOrder(factors, result);
 }
 
 }  // namespace nestor

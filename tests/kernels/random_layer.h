@@ -18,6 +18,7 @@ class RandomLayer {
     bool has_coarse = true;  // beside a bf16 dense form; planes always have one
     int64_t residual_rank = 0;
     int64_t prefix_rank = 0;
+    std::vector<int64_t> gar_ranks = {};
     bool has_bias = false;
     bool float_activations = false;
   };
@@ -41,11 +42,16 @@ class RandomLayer {
  private:
   struct Factors {
     int64_t rank = 0;
+    int64_t out = 0;
     std::vector<int8_t> a, bt;
     std::vector<uint16_t> a_scales, bt_scales;
+    std::vector<int32_t> rows;  // of a gar pair
     FactorView View() const;
   };
   static Factors MakeFactors(int64_t rank, int64_t out, int64_t in, uint32_t seed);
+  const Factors& FactorsOf(Form form, int64_t rank) const;
+  // What belongs to outputs of B, in the layer's order of outputs; pivots have 0.
+  std::vector<double> InOrder(const Factors& factors, const std::vector<double>& values) const;
   // |A| |x|, and the magnitudes of a row of B.
   std::vector<double> LargestComponents(const Factors& factors, int64_t rank,
                                         std::span<const double> x) const;
@@ -58,6 +64,7 @@ class RandomLayer {
   std::vector<uint8_t> coarse_, fine_;
   std::vector<uint16_t> scales_;
   Factors residual_, prefix_;
+  std::vector<Factors> gar_;
   std::vector<float> bias_;
 };
 

@@ -72,6 +72,37 @@ TEST_F(ReferenceLinear, PrefixIsItsFactorsAlone) {
   EXPECT_EQ(Run(Form::kPrefix, 0), (std::vector<float>{1000, 2000}));
 }
 
+TEST(ReferenceGarForm, GivesItsPivotsAsTheyAreAndTheOthersByThem) {
+  // Three outputs of two inputs, rank 2: outputs 2 and 0 are pivots.
+  const std::vector<float> dense(6, 100);
+  std::vector<int8_t> a(64), bt(64);
+  a[0] = 1;
+  a[1] = 2;
+  a[32] = -3;
+  a[33] = 4;
+  bt[0] = 5;
+  bt[32] = 7;
+  const uint16_t scales[] = {Bfloat16FromFloat(1.0f), Bfloat16FromFloat(0.5f)};
+  const int32_t rows[] = {2, 0, 1};
+  const float bias[] = {1000, 2000, 3000};
+  LinearWeights weights;
+  weights.name = "by hand";
+  weights.out = 3;
+  weights.in = 2;
+  weights.dense_f32 = dense.data();
+  weights.gar = {{.factors = {2, a.data(), scales, bt.data(), scales}, .rows = rows}};
+  weights.bias = bias;
+  const Device device = Device::Reference(false);
+  const LinearId id = device->LoadLinear(weights).value();
+  const RowGroup group = {.begin = 0, .end = 1, .form = Form::kGar, .rank = 2};
+  const LinearPart part = {.layer = id, .groups = {&group, 1}, .out = device.Poisoned(1, 3)};
+  device->Linear(
+      {.in = device.Upload(std::vector<float>{3, 2}, 1, 2), .rows = 1, .parts = {&part, 1}});
+  // z = {1 * (3 + 4), 0.5 * (-9 + 8)}; the last output is 1 * 5 * 7 + 0.5 * 7 * -0.5.
+  EXPECT_EQ(device.Download(part.out), (std::vector<float>{999.5, 2033.25, 3007}));
+  EXPECT_EQ(device->executed().flops, 2 * 2 * 3);
+}
+
 TEST(ReferenceNorm, ScalesToUnitRootMeanSquareAndToUnitDeviation) {
   const Device device = Device::Reference(false);
   const VectorId gain = device->LoadVector(std::vector<float>{1, 2}).value();
