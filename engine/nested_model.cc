@@ -28,7 +28,7 @@ absl::Status DescriptionError(const std::string& directory, const std::string& w
 }
 
 std::optional<Form> FormNamed(const std::string& name) {
-  for (const Form form : {Form::kDense, Form::kResidual, Form::kPrefix}) {
+  for (const Form form : {Form::kDense, Form::kResidual, Form::kPrefix, Form::kGar}) {
     if (name == NameOf(form)) return form;
   }
   return std::nullopt;
@@ -77,8 +77,8 @@ absl::StatusOr<Level> LevelFromJson(const Json& json) {
     const std::optional<Form> form =
         forms[i].is_string() ? FormNamed(forms[i].get<std::string>()) : std::nullopt;
     if (!form.has_value()) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("forms[", i, "]: ", forms[i].dump(), ", expected dense, residual, prefix"));
+      return absl::InvalidArgumentError(absl::StrCat("forms[", i, "]: ", forms[i].dump(),
+                                                     ", expected dense, residual, prefix or gar"));
     }
     if (!ranks[i].is_number_integer() || ranks[i].get<int64_t>() < 0) {
       return absl::InvalidArgumentError(
@@ -114,6 +114,26 @@ const Element* Pointer(const TensorView& view) {
   return reinterpret_cast<const Element*>(view.bytes.data());
 }
 
+// A pair of factors of `out` outputs, stored under `stem`.
+absl::StatusOr<FactorView> FactorTensors(const TensorFile& tensors, const std::string& stem,
+                                         int64_t rank, int64_t out, int64_t in) {
+  NESTOR_ASSIGN_OR_RETURN(const TensorView a,
+                          TypedTensor(tensors, stem + "a", DType::kI8, {rank, PaddedToGroup(in)}));
+  NESTOR_ASSIGN_OR_RETURN(
+      const TensorView a_scales,
+      TypedTensor(tensors, stem + "a_scales", DType::kBf16, {rank, NumGroups(in)}));
+  NESTOR_ASSIGN_OR_RETURN(const TensorView bt, TypedTensor(tensors, stem + "bt", DType::kI8,
+                                                           {rank, PaddedToGroup(out)}));
+  NESTOR_ASSIGN_OR_RETURN(
+      const TensorView bt_scales,
+      TypedTensor(tensors, stem + "bt_scales", DType::kBf16, {rank, NumGroups(out)}));
+  return FactorView{.max_rank = rank,
+                    .a = Pointer<int8_t>(a),
+                    .a_scales = Pointer<uint16_t>(a_scales),
+                    .bt = Pointer<int8_t>(bt),
+                    .bt_scales = Pointer<uint16_t>(bt_scales)};
+}
+
 // Of the whole source tensor that holds a layer's weight.
 std::vector<int64_t> SourceShape(const LinearSpec& layer) {
   if (layer.source.is_transposed) return {layer.in, layer.source.num_outputs};
@@ -130,12 +150,16 @@ const char* NameOf(Form form) {
       return "residual";
     case Form::kPrefix:
       return "prefix";
+    case Form::kGar:
+      return "gar";
   }
   return "unknown";
 }
 
 bool IsNested(const FormAndRank& low, const FormAndRank& high) {
-  return high.form == Form::kDense || (low.form == high.form && low.rank <= high.rank);
+  if (high.form == Form::kDense) return true;
+  const auto is_residual = [](const FormAndRank& layer) { return layer.form == Form::kResidual; };
+  return low.form != Form::kDense && is_residual(low) == is_residual(high) && low.rank <= high.rank;
 }
 
 LinearCost CostOfProfile(const ModelSpec& spec, const std::vector<LinearSpec>& layers,
@@ -202,6 +226,7 @@ absl::Status NestedModel::ReadCheckpoint() {
   dense_storage_ = is_all_bf16 ? DenseStorage::kBf16 : DenseStorage::kF32;
   residual_ranks_.assign(layers_.size(), 0);
   prefix_ranks_.assign(layers_.size(), 0);
+  gar_ranks_.assign(layers_.size(), {});
   float_activations_.assign(layers_.size(), false);
   return SetLevels({Level{.ladder = "full", .profile = Profile(layers_.size())}});
 }
@@ -269,7 +294,27 @@ absl::Status NestedModel::ReadLayers() {
       }
       ranks->push_back(rank.get<int64_t>());
     }
+    NESTOR_RETURN_IF_ERROR(ReadGarRanks(i, layer));
     NESTOR_RETURN_IF_ERROR(ReadActivations(i, layer));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status NestedModel::ReadGarRanks(size_t layer, const Json& json) {
+  std::vector<int64_t>& ranks = gar_ranks_.emplace_back();
+  if (!json.contains("gar_ranks")) return absl::OkStatus();
+  const Json& stated = json["gar_ranks"];
+  const auto error = [&] {
+    return DescriptionError(directory_,
+                            absl::StrCat("layers[", layer, "].gar_ranks: ", stated.dump(),
+                                         ", expected ascending counts below ", layers_[layer].out));
+  };
+  if (!stated.is_array()) return error();
+  for (const Json& rank : stated) {
+    if (!rank.is_number_unsigned()) return error();
+    ranks.push_back(rank.get<int64_t>());
+    const int64_t least = ranks.size() > 1 ? ranks[ranks.size() - 2] + 1 : 1;
+    if (ranks.back() < least || ranks.back() >= layers_[layer].out) return error();
   }
   return absl::OkStatus();
 }
@@ -338,33 +383,42 @@ absl::Status NestedModel::VerifyTensors() const {
 }
 
 int64_t NestedModel::StoredRank(size_t layer, Form form) const {
+  NESTOR_CHECK(form != Form::kGar);
   if (form == Form::kResidual) return residual_ranks_[layer];
   return form == Form::kPrefix ? prefix_ranks_[layer] : 0;
 }
 
 absl::StatusOr<FactorView> NestedModel::Factors(size_t layer, Form form) const {
-  FactorView view;
-  view.max_rank = StoredRank(layer, form);
-  if (view.max_rank == 0) return view;
+  const int64_t rank = StoredRank(layer, form);
+  if (rank == 0) return FactorView();
   const LinearSpec& spec = layers_[layer];
-  const std::string stem = absl::StrCat(spec.name, ".", NameOf(form), ".");
-  NESTOR_ASSIGN_OR_RETURN(const TensorView a, TypedTensor(*tensors_, stem + "a", DType::kI8,
-                                                          {view.max_rank, PaddedToGroup(spec.in)}));
-  NESTOR_ASSIGN_OR_RETURN(
-      const TensorView a_scales,
-      TypedTensor(*tensors_, stem + "a_scales", DType::kBf16, {view.max_rank, NumGroups(spec.in)}));
-  NESTOR_ASSIGN_OR_RETURN(
-      const TensorView bt,
-      TypedTensor(*tensors_, stem + "bt", DType::kI8, {view.max_rank, PaddedToGroup(spec.out)}));
-  NESTOR_ASSIGN_OR_RETURN(const TensorView bt_scales,
-                          TypedTensor(*tensors_, stem + "bt_scales", DType::kBf16,
-                                      {view.max_rank, NumGroups(spec.out)}));
-  view.a = Pointer<int8_t>(a);
-  view.a_scales = Pointer<uint16_t>(a_scales);
-  view.bt = Pointer<int8_t>(bt);
-  view.bt_scales = Pointer<uint16_t>(bt_scales);
+  NESTOR_ASSIGN_OR_RETURN(FactorView view,
+                          FactorTensors(*tensors_, absl::StrCat(spec.name, ".", NameOf(form), "."),
+                                        rank, spec.out, spec.in));
   for (const Level& level : levels_) {
     if (level.profile[layer].form == form) view.level_ranks.push_back(level.profile[layer].rank);
+  }
+  return view;
+}
+
+absl::StatusOr<GarView> NestedModel::Gar(size_t layer, int64_t rank) const {
+  const LinearSpec& spec = layers_[layer];
+  const std::string stem = absl::StrCat(spec.name, ".gar.", rank, ".");
+  GarView view;
+  NESTOR_ASSIGN_OR_RETURN(view.factors,
+                          FactorTensors(*tensors_, stem, rank, spec.out - rank, spec.in));
+  NESTOR_ASSIGN_OR_RETURN(const TensorView rows,
+                          TypedTensor(*tensors_, stem + "rows", DType::kI32, {spec.out}));
+  view.rows = Pointer<int32_t>(rows);
+  std::vector<bool> is_taken(static_cast<size_t>(spec.out));
+  for (int64_t i = 0; i < spec.out; ++i) {
+    const int32_t row = view.rows[i];
+    if (row < 0 || row >= spec.out || is_taken[static_cast<size_t>(row)]) {
+      return absl::InvalidArgumentError(absl::StrCat(rows.path, ": tensor ", stem, "rows: element ",
+                                                     i, " is ", row, ", expected a permutation of ",
+                                                     spec.out, " outputs"));
+    }
+    is_taken[static_cast<size_t>(row)] = true;
   }
   return view;
 }
@@ -444,6 +498,9 @@ absl::StatusOr<LinearWeights> NestedModel::Weights(size_t layer,
   }
   NESTOR_ASSIGN_OR_RETURN(weights.residual, Factors(layer, Form::kResidual));
   NESTOR_ASSIGN_OR_RETURN(weights.prefix, Factors(layer, Form::kPrefix));
+  for (const int64_t rank : gar_ranks_[layer]) {
+    NESTOR_ASSIGN_OR_RETURN(weights.gar.emplace_back(), Gar(layer, rank));
+  }
   return weights;
 }
 
@@ -461,6 +518,12 @@ absl::Status NestedModel::CheckProfile(size_t level, const Profile& profile) con
     if (form == Form::kDense && rank != 0) return error(where + ", expected 0");
     if (form == Form::kResidual && !has_coarse_plane_) {
       return error(where + ", but the artifact has no coarse plane");
+    }
+    if (form == Form::kGar) {
+      if (std::count(gar_ranks_[i].begin(), gar_ranks_[i].end(), rank) == 0) {
+        return error(where + ", but no pair of that rank is stored");
+      }
+      continue;
     }
     if (rank > StoredRank(i, form)) {
       return error(absl::StrCat(where, ", but ", StoredRank(i, form), " are stored"));

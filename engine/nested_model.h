@@ -20,7 +20,8 @@ struct FormAndRank {
   bool operator==(const FormAndRank&) const = default;
 };
 
-// True where a layer may be at `low` on one level and at `high` on the next one of its ladder.
+// True where a layer may be at `low` on one level and at `high` on the next one of its ladder. A
+// gar pair is a prefix of its rank.
 bool IsNested(const FormAndRank& low, const FormAndRank& high);
 
 // One form and rank for every layer, in the order of LayersOf.
@@ -61,8 +62,10 @@ class NestedModel {
   // "int8", "bf16", or the checkpoint's own type.
   const std::string& dtype() const { return dtype_; }
   DenseStorage dense_storage() const { return dense_storage_; }
-  // Stored components of a layer; 0 where it has none of that form.
+  // Stored components of a layer; 0 where it has none of that form. REQUIRES: not kGar.
   int64_t StoredRank(size_t layer, Form form) const;
+  // Ranks of a layer's gar pairs, ascending.
+  const std::vector<int64_t>& GarRanks(size_t layer) const { return gar_ranks_[layer]; }
   const nlohmann::json& description() const { return description_; }  // nested.json, or null
 
   // The stored parts of one layer, borrowed from the mapped file. A source checkpoint's weights
@@ -90,6 +93,7 @@ class NestedModel {
   absl::Status ReadArtifact();
   absl::Status ReadStorage();
   absl::Status ReadLayers();
+  absl::Status ReadGarRanks(size_t layer, const nlohmann::json& json);
   absl::Status ReadActivations(size_t layer, const nlohmann::json& json);
   absl::Status ReadLevels();
   absl::Status VerifyTensors() const;
@@ -98,6 +102,7 @@ class NestedModel {
   absl::Status CheckLadders(const std::vector<Level>& levels) const;
   absl::Status FillInCosts(std::vector<Level>* levels) const;
   absl::StatusOr<FactorView> Factors(size_t layer, Form form) const;
+  absl::StatusOr<GarView> Gar(size_t layer, int64_t rank) const;
   std::string directory_;
   ModelSpec spec_;
   std::vector<LinearSpec> layers_;
@@ -108,6 +113,7 @@ class NestedModel {
   bool has_coarse_plane_ = false;
   std::vector<int64_t> residual_ranks_;  // by layer
   std::vector<int64_t> prefix_ranks_;
+  std::vector<std::vector<int64_t>> gar_ranks_;
   std::vector<bool> float_activations_;
   nlohmann::json description_;
   std::unique_ptr<TensorFile> tensors_;
@@ -120,7 +126,7 @@ LinearCost CostOfProfile(const ModelSpec& spec, const std::vector<LinearSpec>& l
 
 // `levels` of nested.json (docs/artifact_format.md).
 nlohmann::json LevelsToJson(const std::vector<Level>& levels);
-// "dense", "residual", "prefix".
+// "dense", "residual", "prefix", "gar".
 const char* NameOf(Form form);
 
 }  // namespace nestor

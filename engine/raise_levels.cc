@@ -21,6 +21,12 @@ int64_t BytesOfLayer(const LinearSpec& layer, DenseStorage dense, bool has_dense
   return total;
 }
 
+int64_t BytesOfGar(const LinearSpec& layer, int64_t rank) {
+  return CostOfLinear(layer.out, layer.in, /*has_bias=*/false, DenseStorage::kPlanes, Form::kGar,
+                      rank)
+      .weight_bytes;
+}
+
 }  // namespace
 
 LevelRaiser::LevelRaiser(const std::vector<LinearSpec>* layers, const std::vector<Level>* levels,
@@ -32,8 +38,9 @@ LevelRaiser::LevelRaiser(const std::vector<LinearSpec>* layers, const std::vecto
       const auto out = static_cast<double>(layers_[i].out);
       const auto in = static_cast<double>(layers_[i].in);
       const auto& [form, rank] = level.profile[i];
-      if (form != Form::kPrefix) work.dense += 2 * out * in;
-      work.factors += 2 * static_cast<double>(rank) * (out + in);
+      if (form == Form::kDense || form == Form::kResidual) work.dense += 2 * out * in;
+      const double pivots = form == Form::kGar ? static_cast<double>(rank) : 0;
+      work.factors += 2 * static_cast<double>(rank) * (out + in - pivots);
     }
     row_work_.push_back(work);
   }
@@ -45,16 +52,23 @@ int64_t LevelRaiser::BytesOf(LevelSet levels) {
   BytesOfSet& known = bytes_[(levels * 0x9e3779b97f4a7c15u) >> 56];
   if (known.levels == levels) return known.bytes;
   int64_t total = 0;
+  const auto has = [&](size_t level) { return (levels & SetOf(static_cast<int>(level))) != 0; };
   for (size_t layer = 0; layer < layers_.size(); ++layer) {
     bool has_dense = false;
     int64_t residual_rank = -1;
     int64_t prefix_rank = -1;
     for (size_t level = 0; level < levels_.size(); ++level) {
-      if ((levels & SetOf(static_cast<int>(level))) == 0) continue;
-      const auto& [form, rank] = levels_[level].profile[layer];
+      if (!has(level)) continue;
+      const FormAndRank& choice = levels_[level].profile[layer];
+      const auto& [form, rank] = choice;
       has_dense = has_dense || form == Form::kDense;
       if (form == Form::kResidual) residual_rank = std::max(residual_rank, rank);
       if (form == Form::kPrefix) prefix_rank = std::max(prefix_rank, rank);
+      if (form != Form::kGar) continue;
+      bool was_counted = false;
+      for (size_t other = 0; other < level; ++other)
+        was_counted = was_counted || (has(other) && levels_[other].profile[layer] == choice);
+      if (!was_counted) total += BytesOfGar(layers_[layer], rank);
     }
     total += BytesOfLayer(layers_[layer], dense_, has_dense, residual_rank, prefix_rank);
   }

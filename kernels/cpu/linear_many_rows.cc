@@ -38,12 +38,12 @@ RowGroup PartOf(RowGroup group, const RowBlock& block) {
 }
 
 // Groups that a predicate holds for: those of a form, or of a stage.
-auto HasForm(Form form) {
+auto OfForm(Form form) {
   return [form](const RowGroup& group) { return group.form == form; };
 }
 
 template <typename Stage>
-auto RunsIn(const Stage& stage) {
+auto OfStage(const Stage& stage) {
   return [&stage](const RowGroup& group) { return stage.Runs(group); };
 }
 
@@ -179,7 +179,7 @@ bool LinearRunner::RunMlp(const MlpCall& call, std::span<const PackedLinear> lay
   // The columns of a gar pair lie all over the hidden rows.
   const bool has_gar =
       std::any_of(call.expand.parts.begin(), call.expand.parts.end(), [&](const LinearPart& part) {
-        return Has(part.groups, HasForm(Form::kGar), {.begin = 0, .end = rows});
+        return Has(part.groups, OfForm(Form::kGar), {.begin = 0, .end = rows});
       });
   if (rows <= kMaxFewRows || has_gar || !RunsInCodes(call.expand, layers) ||
       !RunsInCodes(call.contract, layers)) {
@@ -292,7 +292,7 @@ void LinearRunner::RunGroupOfZ(const LinearCall& call, const PartPlan& plan,
                                const FactorStage& stage, int64_t first, RowBlock block,
                                int thread) {
   const std::span<const RowGroup> groups = plan.part->groups;
-  if (!Has(groups, RunsIn(stage), block)) return;
+  if (!Has(groups, OfStage(stage), block)) return;
   const int64_t end = std::min(first + kGroupSize, stage.max_rank);
   for (int64_t k = first; k < end; k += kPanelOutputs)
     MultiplyByA(call, plan, stage, k, block, thread);
@@ -303,7 +303,7 @@ void LinearRunner::RunGroupOfZ(const LinearCall& call, const PartPlan& plan,
         Scatter(call, plan, stage, t, first, end - first,
                 z_.data() + stage.z_offset + t * stage.z_stride + first);
     }
-    if (HasFirst(groups, RunsIn(stage), block))
+    if (HasFirst(groups, OfStage(stage), block))
       threads_[thread].executed.weight_bytes += (end - first) * PackedLinear::kRowOrderBytes;
   }
   if (ArithmeticOfPlanes(*plan.layer) != Arithmetic::kInt8) return;
@@ -360,7 +360,7 @@ void LinearRunner::MultiplyByA(const LinearCall& call, const PartPlan& plan,
       state.executed.flops += 2 * (rows.end - rows.begin) * count * (end - begin);
     }
   }
-  if (HasFirst(groups, RunsIn(stage), block))
+  if (HasFirst(groups, OfStage(stage), block))
     state.executed.weight_bytes += components * layer.a_component_bytes();
 }
 
@@ -372,11 +372,11 @@ void LinearRunner::RunPanel(const LinearCall& call, const PartPlan& plan, int64_
                             RowBlock block, const Outputs& to, int thread) {
   SetToBias(call, plan, panel, block, to, thread);
   for (const Form form : {Form::kResidual, Form::kDense}) {
-    if (Has(plan.part->groups, HasForm(form), block))
+    if (Has(plan.part->groups, OfForm(form), block))
       MultiplyByWeights(call, plan, form, panel, block, to, thread);
   }
   for (const FactorStage& stage : plan.stages()) {
-    if (!Has(plan.part->groups, RunsIn(stage), block)) continue;
+    if (!Has(plan.part->groups, OfStage(stage), block)) continue;
     if (stage.IsGar()) {
       RunGarPanels(call, plan, stage, panel, block, thread);
     } else {
@@ -403,7 +403,7 @@ void LinearRunner::RunGarPanels(const LinearCall& call, const PartPlan& plan,
       for (int64_t t = rows.begin; t < rows.end && stage.Runs(rows); ++t)
         Scatter(call, plan, stage, t, stage.max_rank + first, outputs, to.Row(t));
     }
-    if (HasFirst(groups, RunsIn(stage), block))
+    if (HasFirst(groups, OfStage(stage), block))
       state.executed.weight_bytes += outputs * PackedLinear::kRowOrderBytes;
   }
 }
@@ -477,15 +477,14 @@ void LinearRunner::MultiplyByWeights(const LinearCall& call, const PartPlan& pla
       state.executed.flops += 2 * (rows.end - rows.begin) * outputs * (end - begin);
     }
   }
-  if (!HasFirst(groups, HasForm(form), block)) return;
+  if (!HasFirst(groups, OfForm(form), block)) return;
   const bool is_dense = form == Form::kDense;
   int64_t bytes = 0;
   if (is_dense && layer.fine == nullptr) bytes += layer.dense_output_bytes();
   if (is_dense && layer.fine != nullptr) bytes += layer.fine_output_bytes();
   // One pass over the coarse plane serves residual and dense rows.
   const bool reads_coarse = !is_dense || layer.fine != nullptr;
-  const bool was_counted =
-      is_dense && Has(groups, HasForm(Form::kResidual), RowBlock{0, call.rows});
+  const bool was_counted = is_dense && Has(groups, OfForm(Form::kResidual), RowBlock{0, call.rows});
   if (reads_coarse && !was_counted) bytes += layer.coarse_output_bytes();
   state.executed.weight_bytes += outputs * bytes;
 }
@@ -568,7 +567,7 @@ void LinearRunner::MultiplyByB(const LinearCall& call, const PartPlan& plan,
     }
   }
   // Counted once for the two panels that share the component's 32 outputs.
-  if (first % kUnitOutputs == 0 && HasFirst(groups, RunsIn(stage), block))
+  if (first % kUnitOutputs == 0 && HasFirst(groups, OfStage(stage), block))
     state.executed.weight_bytes += stage.max_rank * PackedLinear::kBComponentBytes;
 }
 

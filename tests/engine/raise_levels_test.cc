@@ -89,5 +89,38 @@ TEST_F(LevelRaiserTest, BytesOfASetCountEveryPartOnce) {
   EXPECT_EQ(raiser_.BytesOf(SetOf(kPrefix) | SetOf(kFull)), bytes(kPrefix) + bytes(kFull));
 }
 
+TEST_F(LevelRaiserTest, GarPairsShareNothingButWithTheirEqual) {
+  std::vector<Level> levels;
+  const auto add = [&](const char* ladder, FormAndRank first, FormAndRank second) {
+    levels.push_back({.ladder = ladder, .profile = {first, second}});
+  };
+  add("prefix", {Form::kPrefix, 32}, {Form::kGar, 64});
+  add("prefix", {Form::kGar, 64}, {Form::kGar, 64});
+  add("prefix", {Form::kGar, 128}, {Form::kGar, 64});
+  add("full", {}, {});
+  LevelRaiser raiser(&layers_, &levels, DenseStorage::kPlanes, backend_.get());
+  // [256, 256]: prefix 32 is 32 * (512 + 32), gar 64 is 64 * (256 + 192 + 28) + 1024, gar 128 is
+  // 128 * (384 + 24) + 1024; [512, 256]: gar 64 is 64 * (256 + 448 + 44) + 2048.
+  constexpr int64_t kPrefix32 = 17408, kGar64 = 31488, kGar128 = 53248, kSecond = 49920;
+  EXPECT_EQ(raiser.BytesOf(1), kPrefix32 + kSecond);
+  EXPECT_EQ(raiser.BytesOf(2), kGar64 + kSecond);
+  EXPECT_EQ(raiser.BytesOf(3), kPrefix32 + kGar64 + kSecond);
+  EXPECT_EQ(raiser.BytesOf(7), kPrefix32 + kGar64 + kGar128 + kSecond);
+}
+
+TEST(IsNestedTest, AGarPairIsAPrefixOfItsRank) {
+  const FormAndRank prefix = {Form::kPrefix, 16}, gar = {Form::kGar, 16}, dense = {};
+  EXPECT_TRUE(IsNested(prefix, gar));
+  EXPECT_TRUE(IsNested(gar, prefix));
+  EXPECT_TRUE(IsNested(gar, {Form::kGar, 24}));
+  EXPECT_TRUE(IsNested(gar, dense));
+  EXPECT_FALSE(IsNested(gar, {Form::kPrefix, 8}));
+  EXPECT_FALSE(IsNested({Form::kPrefix, 24}, gar));
+  EXPECT_FALSE(IsNested(dense, gar));
+  EXPECT_FALSE(IsNested({Form::kResidual, 8}, gar));
+  EXPECT_FALSE(IsNested(gar, {Form::kResidual, 24}));
+  EXPECT_TRUE(IsNested({Form::kResidual, 8}, {Form::kResidual, 8}));
+}
+
 }  // namespace
 }  // namespace nestor
