@@ -86,6 +86,10 @@ absl::Status AddPair(const std::string& stem, const FactorPair& pair, TensorSpil
   return AddFactor(stem, "bt", pair.bt, spill);
 }
 
+std::string GarStem(const LinearSpec& spec, int64_t rank) {
+  return absl::StrCat(spec.name, ".gar.", rank, ".");
+}
+
 absl::Status SyncDirectory(const std::string& path) {
   const int fd = ::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
   if (fd < 0) return FileError(path, errno);
@@ -225,6 +229,13 @@ absl::Status ReplacePrefix(const LinearSpec& spec, const FactorPair& factors, Te
   return absl::OkStatus();
 }
 
+absl::Status AddGar(const LinearSpec& spec, const GarPair& pair, TensorSpill* spill) {
+  const std::string stem = GarStem(spec, pair.a.rank);
+  NESTOR_RETURN_IF_ERROR(AddFactor(stem, "a", pair.a, spill));
+  NESTOR_RETURN_IF_ERROR(AddFactor(stem, "bt", pair.bt, spill));
+  return spill->Add(stem + "rows", DType::kI32, {spec.out}, std::as_bytes(std::span(pair.rows)));
+}
+
 absl::Status AddOtherTensors(const NestedModel& source, TensorSpill* spill) {
   for (size_t i = 0; i < source.layers().size(); ++i) {
     const LinearSpec& layer = source.layers()[i];
@@ -266,24 +277,33 @@ absl::Status CheckFinite(const NestedModel& source) {
 }
 
 StoredRanks StoredRanksOf(const std::vector<Level>& levels, size_t num_layers) {
-  StoredRanks ranks{std::vector<int64_t>(num_layers), std::vector<int64_t>(num_layers)};
+  StoredRanks ranks{std::vector<int64_t>(num_layers), std::vector<int64_t>(num_layers),
+                    std::vector<std::set<int64_t>>(num_layers)};
   for (const Level& level : levels) {
     for (size_t i = 0; i < num_layers; ++i) {
       const auto& [form, rank] = level.profile[i];
       if (form == Form::kResidual) ranks.residual[i] = std::max(ranks.residual[i], rank);
       if (form == Form::kPrefix) ranks.prefix[i] = std::max(ranks.prefix[i], rank);
+      if (form == Form::kGar) ranks.gar[i].insert(rank);
     }
   }
   return ranks;
 }
 
 std::map<std::string, int64_t> KeptRows(const std::vector<LinearSpec>& layers,
-                                        const StoredRanks& ranks) {
+                                        const StoredRanks& ranks,
+                                        const std::vector<std::set<int64_t>>& added) {
   std::map<std::string, int64_t> rows;
   for (size_t i = 0; i < layers.size(); ++i) {
     for (const char* part : {"a", "bt", "a_scales", "bt_scales"}) {
       rows[absl::StrCat(layers[i].name, ".residual.", part)] = ranks.residual[i];
       rows[absl::StrCat(layers[i].name, ".prefix.", part)] = ranks.prefix[i];
+    }
+    for (const int64_t rank : added[i]) {
+      if (ranks.gar[i].contains(rank)) continue;
+      for (const char* part : {"a", "bt", "a_scales", "bt_scales", "rows"}) {
+        rows[GarStem(layers[i], rank) + part] = 0;
+      }
     }
   }
   return rows;

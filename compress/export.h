@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <set>
 #include <span>
 #include <string>
 #include <vector>
@@ -10,6 +11,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "base/mutex.h"
+#include "compress/gar.h"
 #include "compress/layer.h"
 #include "engine/nested_model.h"
 
@@ -51,19 +53,25 @@ class TensorSpill {
 absl::Status AddLayer(const LinearSpec& spec, const LayerParts& parts, TensorSpill* spill);
 // Puts new prefix factors in place of those that AddLayer added. REQUIRES: the same rank.
 absl::Status ReplacePrefix(const LinearSpec& spec, const FactorPair& factors, TensorSpill* spill);
+// Adds the tensors of a gar pair.
+absl::Status AddGar(const LinearSpec& spec, const GarPair& pair, TensorSpill* spill);
 // Adds what the model reads beside its linear layers' weights: biases, norms, embeddings.
 absl::Status AddOtherTensors(const NestedModel& source, TensorSpill* spill);
 // INVALID_ARGUMENT names the file and the tensor that holds a NaN or an infinity.
 absl::Status CheckFinite(const NestedModel& source);
 
-// Keeps, of each layer's factors, the largest rank that a level uses: rows by tensor name.
+// Keeps, of each layer's factors, the largest rank that a level uses, and the gar pairs that one
+// does: rows by tensor name.
 struct StoredRanks {
   std::vector<int64_t> residual;  // by layer
   std::vector<int64_t> prefix;
+  std::vector<std::set<int64_t>> gar;
 };
 StoredRanks StoredRanksOf(const std::vector<Level>& levels, size_t num_layers);
+// `added` are the gar pairs in the spill.
 std::map<std::string, int64_t> KeptRows(const std::vector<LinearSpec>& layers,
-                                        const StoredRanks& ranks);
+                                        const StoredRanks& ranks,
+                                        const std::vector<std::set<int64_t>>& added);
 
 // Copies the files beside the weights (configuration, tokenizer, pooling) that `source` has.
 absl::Status CopyModelFiles(const std::string& source, const std::string& destination);

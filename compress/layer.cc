@@ -14,11 +14,11 @@ constexpr int64_t kResidualRankStep = 8;
 constexpr int64_t kPrefixRankStep = 8;
 // A layer of fewer useful ranks than this many steps takes smaller ones.
 constexpr int64_t kLeastPrefixSteps = 4;
+// Of the full rank. A pair saves a hundredth of a square layer's FLOPs there.
+constexpr int64_t kLargestGarTenths = 9;
 
-FactorPair QuantisePair(const Decomposition& decomposition, int64_t out, int64_t in) {
-  return {.a = QuantiseFactor(decomposition.a, decomposition.rank, in),
-          .bt = QuantiseFactor(decomposition.bt, decomposition.rank, out)};
-}
+// r (m + n) < m n.
+int64_t LargestPlainRank(int64_t out, int64_t in) { return (out * in - 1) / (out + in); }
 
 // Energy that each rank leaves out: tails[r] = sum over k >= r of s_k^2.
 std::vector<double> TailEnergies(const std::vector<double>& singular_values) {
@@ -63,7 +63,7 @@ absl::Status AddPrefix(const LinearSpec& spec, std::span<const float> weights,
                        LayerParts* parts) {
   parts->prefix_options.push_back(
       {.choice = {}, .cost = CostOf(spec, settings, {}).flops, .error = 0});
-  const std::vector<int64_t> ranks = PrefixRanks(spec.out, spec.in);
+  const std::vector<int64_t> ranks = PrefixRanks(spec.out, spec.in, settings.may_be_gar);
   if (ranks.empty()) return absl::OkStatus();
   NESTOR_ASSIGN_OR_RETURN(const Decomposition decomposition,
                           Decompose(weights, spec.out, spec.in, moment, ranks.back()));
@@ -80,16 +80,16 @@ absl::Status AddPrefix(const LinearSpec& spec, std::span<const float> weights,
 
 }  // namespace
 
-absl::StatusOr<FactorPair> FactorsOf(std::span<const float> weights, int64_t out, int64_t in,
-                                     std::span<const double> moment, int64_t max_rank) {
-  NESTOR_ASSIGN_OR_RETURN(const Decomposition decomposition,
-                          Decompose(weights, out, in, moment, max_rank));
-  return QuantisePair(decomposition, out, in);
+FactorPair QuantisePair(const Decomposition& decomposition, int64_t out, int64_t in) {
+  return {.a = QuantiseFactor(decomposition.a, decomposition.rank, in),
+          .bt = QuantiseFactor(decomposition.bt, decomposition.rank, out)};
 }
 
-std::vector<int64_t> PrefixRanks(int64_t out, int64_t in) {
-  const int64_t largest = (out * in - 1) / (out + in);  // r (m + n) < m n
-  const int64_t step = std::min(kPrefixRankStep, std::max<int64_t>(1, largest / kLeastPrefixSteps));
+std::vector<int64_t> PrefixRanks(int64_t out, int64_t in, bool may_be_gar) {
+  const int64_t plain = LargestPlainRank(out, in);
+  const int64_t gar = kLargestGarTenths * std::min(out, in) / 10;
+  const int64_t largest = may_be_gar ? std::max(plain, gar) : plain;
+  const int64_t step = std::min(kPrefixRankStep, std::max<int64_t>(1, plain / kLeastPrefixSteps));
   std::vector<int64_t> ranks;
   for (int64_t rank = step; rank <= largest; rank += step) ranks.push_back(rank);
   return ranks;

@@ -7,6 +7,7 @@
 
 #include "absl/status/statusor.h"
 #include "compress/allocate.h"
+#include "compress/decompose.h"
 #include "compress/quantise.h"
 #include "engine/model_spec.h"
 #include "kernels/nested_linear.h"
@@ -19,6 +20,7 @@ struct LayerSettings {
   bool has_residual_ladder = true;
   bool has_prefix_ladder = false;
   int64_t max_residual_rank = 64;
+  bool may_be_gar = false;  // on some level of the prefix ladder
 };
 
 struct FactorPair {
@@ -26,9 +28,7 @@ struct FactorPair {
   FactorCodes bt;  // [rank, out]
 };
 
-// The factors of `weights` [out, in] for inputs with second moment `moment` [in, in], quantised.
-absl::StatusOr<FactorPair> FactorsOf(std::span<const float> weights, int64_t out, int64_t in,
-                                     std::span<const double> moment, int64_t max_rank);
+FactorPair QuantisePair(const Decomposition& decomposition, int64_t out, int64_t in);
 
 // One layer in all its forms, and what each choice costs and loses.
 struct LayerParts {
@@ -40,8 +40,9 @@ struct LayerParts {
   std::vector<LayerOption> prefix_options;    // cost in FLOPs
 };
 
-// Ranks that a prefix ladder may use: those whose factors cost fewer FLOPs than the dense layer.
-std::vector<int64_t> PrefixRanks(int64_t out, int64_t in);
+// Ranks that a prefix ladder may use, ascending: those whose plain factors cost fewer FLOPs than
+// the dense layer, and where they may be gar pairs, those up to nine tenths of the full rank.
+std::vector<int64_t> PrefixRanks(int64_t out, int64_t in, bool may_be_gar);
 
 // Quantises and decomposes `weights` [out, in] for inputs with second moment `moment` [in, in]. An
 // option's error is the energy it loses of the layer's output, as share of tr(W S W^T). A pure

@@ -126,6 +126,10 @@ absl::StatusOr<LayerTimes> LayerTimes::Measure(const NestedModel& model,
 }
 
 int64_t LayerTimes::Of(const LinearSpec& layer, FormAndRank choice) const {
+  if (choice.form == Form::kGar) {
+    const int64_t sizes = layer.out + layer.in;
+    choice = {Form::kPrefix, choice.rank * (sizes - choice.rank) / sizes};
+  }
   const auto found = times_.find({layer.out, layer.in, choice.form});
   NESTOR_CHECK(found != times_.end());
   const auto& points = found->second;

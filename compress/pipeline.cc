@@ -6,16 +6,21 @@
 #include <atomic>
 #include <cmath>
 #include <filesystem>
+#include <functional>
 #include <iterator>
 #include <limits>
 #include <map>
 #include <memory>
 #include <optional>
+#include <set>
+#include <span>
+#include <string>
 #include <thread>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "base/check.h"
 #include "base/checksum.h"
 #include "base/file.h"
 #include "base/mutex.h"
@@ -26,6 +31,7 @@
 #include "compress/divergence.h"
 #include "compress/evaluate.h"
 #include "compress/export.h"
+#include "compress/gar.h"
 #include "compress/layer.h"
 #include "compress/layer_times.h"
 #include "compress/probe.h"
@@ -56,6 +62,9 @@ constexpr int64_t kLanguageModelEvaluationTokens = 4096;
 constexpr int64_t kEncoderEvaluationTokens = 32768;
 constexpr int64_t kLanguageModelActivationTokens = 2048;
 constexpr int64_t kEncoderActivationTokens = 8192;
+// What a gar pair may lose of its layer's output, in terms of what plain factors of its rank lose.
+// Plain factors of the same cost lose several times as much (docs/ladders.md).
+constexpr double kLargestGarError = 1.5;
 // A model that does not bear int8 takes a dozen passes, which may be rough ones.
 constexpr int64_t kRoughActivationShare = 4;
 
@@ -122,22 +131,39 @@ class Compression {
 
  private:
   absl::Status CheckOptions() const;
+  absl::Status CheckGarLevels() const;
   absl::Status CheckSearch() const;
   absl::Status OpenSource();
   void PlanLadders();
   absl::Status Calibrate();
   absl::Status CompressLayers();
   absl::Status CompressOneLayer(size_t layer);
+  // Layers side by side, on as many threads as the options say.
+  absl::Status ForEachLayer(const std::string& label,
+                            const std::function<absl::Status(size_t)>& function) const;
   absl::Status WeightErrors();
   absl::Status WeightBySensitivity(LadderPlan* ladder);
   absl::Status ProbeLayers();
   TokenSequences ProbeText() const;
-  absl::Status SetCosts();
   absl::Status CheckCosts(const LadderPlan& ladder) const;
   std::vector<int64_t> TargetsOf(const LadderPlan& ladder) const;
+  // The choices of a level that may have gar pairs, or not, at their costs.
+  LayerOptions OptionsOf(const LadderPlan& ladder, bool may_be_gar) const;
+  // One for each target.
+  std::vector<Profile> Allocate(const LadderPlan& ladder,
+                                const std::vector<int64_t>& targets) const;
   absl::StatusOr<std::vector<Level>> ChooseLevels();
   absl::Status CompareLosses(const std::vector<Level>& levels);
   absl::Status RefitPrefix(const std::vector<Level>& levels);
+  // What a level's layer runs in the end: gar pairs are prefixes of a chain that is being made.
+  FormAndRank FinalChoice(size_t level, size_t layer, FormAndRank choice) const;
+  std::set<int64_t> GarRanksOf(const std::vector<Level>& levels, size_t layer) const;
+  absl::Status FitGarPairs(size_t layer, const Decomposition& decomposition,
+                           std::span<const float> weights, std::span<const double> moment,
+                           const std::set<int64_t>& ranks);
+  absl::Status FitOtherGarPairs(const std::vector<Level>& levels);
+  absl::Status RunGarPairs(std::vector<Level>* levels);
+  void ReportGarPairs();
   absl::Status WriteParts(const std::vector<Level>& levels);
   // What the calibration rests on.
   std::string CalibrationKey() const;
@@ -152,6 +178,15 @@ class Compression {
 
   bool has_residual() const { return options_.ladder != LadderChoice::kPrefix; }
   bool has_prefix() const { return options_.ladder != LadderChoice::kResidual; }
+  bool may_be_gar(const LadderPlan& ladder, int64_t level) const {
+    const std::optional<std::vector<int>>& chosen = options_.gar_levels;
+    return ladder.name != "residual" &&
+           (!chosen.has_value() || std::count(chosen->begin(), chosen->end(), level) > 0);
+  }
+  // On some level.
+  bool may_be_gar() const {
+    return has_prefix() && (!options_.gar_levels.has_value() || !options_.gar_levels->empty());
+  }
   bool is_measured() const { return options_.search.method == RankSearch::kMeasured; }
   // Of one layer, attention apart.
   int64_t CostOf(const LinearSpec& layer, FormAndRank choice, RankObjective objective) const;
@@ -179,6 +214,12 @@ class Compression {
   size_t text_sequences_ = 0;  // of corpus_.calibration; sampled ones follow
   std::optional<LayerTimes> layer_times_;
   StoredRanks stored_ranks_;
+  std::vector<bool> runs_gar_;  // by level, whether its layers may
+  // By layer: ranks whose pairs are in the spill, and, for the others that levels wanted, what
+  // runs instead: kPrefix or kDense.
+  std::vector<std::set<int64_t>> gar_ranks_;
+  std::vector<std::map<int64_t, Form>> gar_substitutes_;
+  std::vector<uint8_t> is_gar_done_;     // whether that is settled
   std::vector<bool> float_activations_;  // by layer
   std::map<std::string, std::string> checksums_;
   CompressReport report_;
@@ -208,11 +249,31 @@ absl::Status Compression::CheckOptions() const {
     return absl::InvalidArgumentError(
         absl::StrCat("tokens to sample: must not be negative; was ", *options_.self_sample_tokens));
   }
+  NESTOR_RETURN_IF_ERROR(CheckGarLevels());
   std::error_code error;
   if (fs::exists(output_, error) && !options_.overwrites) {
     return absl::AlreadyExistsError(absl::StrCat(output_, ": exists already"));
   }
   return CheckSearch();
+}
+
+absl::Status Compression::CheckGarLevels() const {
+  if (!options_.gar_levels.has_value()) return absl::OkStatus();
+  const std::vector<double>& costs = options_.search.costs;
+  const int64_t count = costs.empty()
+                            ? options_.levels
+                            : std::ssize(costs) - std::count(costs.begin(), costs.end(), 1);
+  for (const int level : *options_.gar_levels) {
+    if (!has_prefix()) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("gar levels: ", level, ", but a residual ladder has no gar pairs"));
+    }
+    if (level < 0 || level >= count) {
+      return absl::InvalidArgumentError(absl::StrCat("gar levels: expected 0 to ", count - 1,
+                                                     ", from the ladder's cheapest; was ", level));
+    }
+  }
+  return absl::OkStatus();
 }
 
 absl::Status Compression::CheckSearch() const {
@@ -342,7 +403,8 @@ absl::Status Compression::CompressOneLayer(size_t layer) {
                                .has_prefix_ladder = has_prefix(),
                                .max_residual_rank = spec.role == LinearRole::kHead
                                                         ? options_.max_head_residual_rank
-                                                        : options_.max_residual_rank};
+                                                        : options_.max_residual_rank,
+                               .may_be_gar = may_be_gar()};
   NESTOR_ASSIGN_OR_RETURN(LayerParts parts, CompressLayer(spec, weights, moment, settings));
   NESTOR_RETURN_IF_ERROR(AddLayer(spec, parts, spill_.get()));
   for (LadderPlan& ladder : ladders_) {
@@ -362,6 +424,17 @@ absl::Status Compression::CompressLayers() {
   fs::create_directories(partial_, error);
   if (error) return FileError(partial_, error.value());
   NESTOR_ASSIGN_OR_RETURN(spill_, TensorSpill::Create(partial_ + "/parts.spill"));
+  const size_t num_layers = source_->layers().size();
+  gar_ranks_.resize(num_layers);
+  gar_substitutes_.resize(num_layers);
+  is_gar_done_.resize(num_layers);
+  NESTOR_RETURN_IF_ERROR(
+      ForEachLayer("Decomposing", [this](size_t layer) { return CompressOneLayer(layer); }));
+  return AddOtherTensors(*source_, spill_.get());
+}
+
+absl::Status Compression::ForEachLayer(const std::string& label,
+                                       const std::function<absl::Status(size_t)>& function) const {
   const std::vector<LinearSpec>& layers = source_->layers();
   // The largest first, so that no thread is left alone with the head at the end.
   std::vector<size_t> order(layers.size());
@@ -375,11 +448,11 @@ absl::Status Compression::CompressLayers() {
   absl::Status status;
   int64_t weights = 0;
   for (const LinearSpec& layer : layers) weights += layer.out * layer.in;
-  Progress progress("Decomposing", weights);
+  Progress progress(label, weights);
   std::atomic<size_t> next{0};
   const auto work = [&] {
     for (size_t i = next++; i < order.size(); i = next++) {
-      const absl::Status done = CompressOneLayer(order[i]);
+      const absl::Status done = function(order[i]);
       const MutexLock lock(&mutex);
       status.Update(done);
       if (!status.ok()) next = order.size();
@@ -391,8 +464,7 @@ absl::Status Compression::CompressLayers() {
     for (int i = 1; i < options_.threads; ++i) threads.emplace_back(work);
     work();
   }
-  NESTOR_RETURN_IF_ERROR(status);
-  return AddOtherTensors(*source_, spill_.get());
+  return status;
 }
 
 absl::Status Compression::WeightErrors() {
@@ -516,10 +588,10 @@ double Compression::CheapestShare(const LadderPlan& ladder) const {
   int64_t cost = AttentionCost(ladder.objective);
   for (const LinearSpec& layer : source_->layers()) {
     std::vector<FormAndRank> choices = {{}};
-    const std::vector<int64_t> ranks = PrefixRanks(layer.out, layer.in);
+    const std::vector<int64_t> ranks = PrefixRanks(layer.out, layer.in, may_be_gar());
     if (ladder.name != "prefix") choices.push_back({Form::kResidual, 0});
     if (ladder.name != "residual" && !ranks.empty()) {
-      choices.push_back({Form::kPrefix, ranks.front()});
+      choices.push_back(CheapestPrefix(layer.out, layer.in, ranks.front(), may_be_gar()));
     }
     int64_t least = std::numeric_limits<int64_t>::max();
     for (const FormAndRank& choice : choices) {
@@ -541,16 +613,66 @@ absl::Status Compression::CheckCosts(const LadderPlan& ladder) const {
       ladder.name, cheapest, UnitOf(ladder.objective)));
 }
 
-absl::Status Compression::SetCosts() {
-  for (LadderPlan& ladder : ladders_) {
-    NESTOR_RETURN_IF_ERROR(CheckCosts(ladder));
-    for (size_t layer = 0; layer < ladder.options.size(); ++layer) {
-      for (LayerOption& option : ladder.options[layer]) {
-        option.cost = CostOf(source_->layers()[layer], option.choice, ladder.objective);
+LayerOptions Compression::OptionsOf(const LadderPlan& ladder, bool may_be_gar) const {
+  LayerOptions result(ladder.options.size());
+  for (size_t layer = 0; layer < ladder.options.size(); ++layer) {
+    const LinearSpec& spec = source_->layers()[layer];
+    std::vector<LayerOption> options = ladder.options[layer];
+    for (LayerOption& option : options) {
+      const auto& [form, rank] = option.choice;
+      const FormAndRank stored = form == Form::kPrefix
+                                     ? CheapestPrefix(spec.out, spec.in, rank, may_be_gar)
+                                     : option.choice;
+      option.cost = CostOf(spec, stored, ladder.objective);
+    }
+    // Plain factors below the least rank of a gar pair may cost more than that pair, and above
+    // break-even more than the dense layer.
+    const auto is_beaten_by = [](const LayerOption& option, const LayerOption& other) {
+      const bool is_larger = other.choice.form == option.choice.form
+                                 ? other.choice.rank > option.choice.rank
+                                 : other.choice.form == Form::kDense;
+      return is_larger && other.cost <= option.cost;
+    };
+    std::copy_if(options.begin(), options.end(), std::back_inserter(result[layer]),
+                 [&](const LayerOption& option) {
+                   return std::none_of(
+                       options.begin(), options.end(),
+                       [&](const LayerOption& other) { return is_beaten_by(option, other); });
+                 });
+  }
+  return result;
+}
+
+std::vector<Profile> Compression::Allocate(const LadderPlan& ladder,
+                                           const std::vector<int64_t>& targets) const {
+  const AllocateFunction allocate =
+      options_.allocate == nullptr ? AllocatorOf(ladder.search) : options_.allocate;
+  std::vector<LayerOptions> options;  // by level
+  std::vector<Profile> profiles;
+  std::map<bool, std::vector<Profile>> chains;
+  for (int64_t i = 0; i < std::ssize(targets); ++i) {
+    const bool is_gar = may_be_gar(ladder, i);
+    options.push_back(OptionsOf(ladder, is_gar));
+    if (!chains.contains(is_gar)) chains[is_gar] = allocate(options.back(), targets);
+    profiles.push_back(chains[is_gar][static_cast<size_t>(i)]);
+  }
+  if (chains.size() < 2) return profiles;
+  // Levels of two chains: what is not nested in the level above shrinks to what is, which costs
+  // less.
+  for (size_t i = profiles.size() - 1; i-- > 0;) {
+    for (size_t layer = 0; layer < profiles[i].size(); ++layer) {
+      const FormAndRank above = profiles[i + 1][layer];
+      if (IsNested(profiles[i][layer], above)) continue;
+      const LayerOption* largest = nullptr;
+      for (const LayerOption& option : options[i][layer]) {
+        const bool is_better = largest == nullptr || option.choice.rank > largest->choice.rank;
+        if (IsNested(option.choice, above) && is_better) largest = &option;
       }
+      NESTOR_CHECK(largest != nullptr);
+      profiles[i][layer] = largest->choice;
     }
   }
-  return absl::OkStatus();
+  return profiles;
 }
 
 std::vector<int64_t> Compression::TargetsOf(const LadderPlan& ladder) const {
@@ -580,10 +702,9 @@ absl::StatusOr<std::vector<Level>> Compression::ChooseLevels() {
   const Profile full(source_->layers().size());
   std::vector<Level> levels;
   for (const LadderPlan& ladder : ladders_) {
-    const AllocateFunction allocate =
-        options_.allocate == nullptr ? AllocatorOf(ladder.search) : options_.allocate;
+    NESTOR_RETURN_IF_ERROR(CheckCosts(ladder));
     const std::vector<int64_t> targets = TargetsOf(ladder);
-    const std::vector<Profile> profiles = allocate(ladder.options, targets);
+    const std::vector<Profile> profiles = Allocate(ladder, targets);
     Profile last;
     for (size_t i = 0; i < profiles.size(); ++i) {
       // A small model may have nothing between two targets.
@@ -601,6 +722,7 @@ absl::StatusOr<std::vector<Level>> Compression::ChooseLevels() {
       level.ladder = ladder.name;
       level.profile = profiles[i];
       levels.push_back(std::move(level));
+      runs_gar_.push_back(may_be_gar(ladder, static_cast<int64_t>(i)));
       if (!is_measured()) continue;
       report_.search.push_back(
           {.profile = profiles[i], .predicted_loss = ErrorOfProfile(ladder.options, profiles[i])});
@@ -610,6 +732,7 @@ absl::StatusOr<std::vector<Level>> Compression::ChooseLevels() {
   top.ladder = "full";
   top.profile = full;
   levels.push_back(std::move(top));
+  runs_gar_.push_back(false);
   if (is_measured()) report_.search.push_back({.profile = full});
   return levels;
 }
@@ -624,8 +747,11 @@ absl::Status Compression::CompareLosses(const std::vector<Level>& levels) {
   NESTOR_ASSIGN_OR_RETURN(const Outputs whole, OutputsAt(engine.get(), sequences, full, &progress));
   for (int i = 0; i <= full; ++i) {
     SearchedLevel& searched = report_.search[static_cast<size_t>(i)];
-    const auto time =
-        static_cast<double>(layer_times_->OfProfile(source_->layers(), searched.profile));
+    Profile profile = searched.profile;
+    for (size_t layer = 0; layer < profile.size(); ++layer) {
+      profile[layer] = FinalChoice(static_cast<size_t>(i), layer, profile[layer]);
+    }
+    const auto time = static_cast<double>(layer_times_->OfProfile(source_->layers(), profile));
     searched.seconds = 1e-9 * time;
     searched.relative_time = time / full_time;
     if (i == full) continue;
@@ -646,9 +772,9 @@ absl::Status Compression::CompareLosses(const std::vector<Level>& levels) {
 
 absl::Status Compression::WriteParts(const std::vector<Level>& levels) {
   stored_ranks_ = StoredRanksOf(levels, source_->layers().size());
-  NESTOR_ASSIGN_OR_RETURN(checksums_,
-                          spill_->WriteTensors(partial_ + "/nested.safetensors",
-                                               KeptRows(source_->layers(), stored_ranks_)));
+  NESTOR_ASSIGN_OR_RETURN(
+      checksums_, spill_->WriteTensors(partial_ + "/nested.safetensors",
+                                       KeptRows(source_->layers(), stored_ranks_, gar_ranks_)));
   NESTOR_RETURN_IF_ERROR(CopyModelFiles(options_.source, partial_));
   return WriteDescription(nullptr);
 }
@@ -663,6 +789,7 @@ absl::Status Compression::WriteDescription(const std::vector<Level>* levels) con
                       {"in", layer.in},
                       {"residual_rank", stored_ranks_.residual[i]},
                       {"prefix_rank", stored_ranks_.prefix[i]}});
+    if (!stored_ranks_.gar[i].empty()) layers.back()["gar_ranks"] = stored_ranks_.gar[i];
     if (float_activations_[i]) layers.back()["activations"] = "float";
   }
   Json description = {
@@ -720,15 +847,117 @@ absl::Status Compression::RefitPrefix(const std::vector<Level>& levels) {
   for (size_t i = 0; i < layers.size(); ++i) {
     // A head's output is compared nowhere in the walk.
     const bool is_refitted = layers[i].role != LinearRole::kHead && stored_ranks_.prefix[i] > 0;
-    options.ranks.push_back(is_refitted ? PrefixRanks(layers[i].out, layers[i].in).back() : 0);
+    options.ranks.push_back(
+        is_refitted ? PrefixRanks(layers[i].out, layers[i].in, may_be_gar()).back() : 0);
   }
   NESTOR_ASSIGN_OR_RETURN(std::unique_ptr<NestedModel> model, OpenModel(levels));
-  NESTOR_RETURN_IF_ERROR(
-      RefitFactors(std::move(model), *source_, FirstSequences(options_.refit_tokens), options,
-                   options_.make_backend, [&](size_t layer, const FactorPair& factors) {
-                     return ReplacePrefix(layers[layer], factors, spill_.get());
-                   }));
+  NESTOR_RETURN_IF_ERROR(RefitFactors(
+      std::move(model), *source_, FirstSequences(options_.refit_tokens), options,
+      options_.make_backend, [&](const RefittedLayer& refitted) {
+        const size_t layer = refitted.layer;
+        NESTOR_RETURN_IF_ERROR(ReplacePrefix(layers[layer], refitted.factors, spill_.get()));
+        return FitGarPairs(layer, refitted.decomposition, refitted.weights, refitted.moment,
+                           GarRanksOf(levels, layer));
+      }));
   return WriteParts(levels);
+}
+
+FormAndRank Compression::FinalChoice(size_t level, size_t layer, FormAndRank choice) const {
+  if (choice.form != Form::kPrefix || !runs_gar_[level]) return choice;
+  const LinearSpec& spec = source_->layers()[layer];
+  return CheapestPrefix(spec.out, spec.in, choice.rank, /*may_be_gar=*/true);
+}
+
+std::set<int64_t> Compression::GarRanksOf(const std::vector<Level>& levels, size_t layer) const {
+  std::set<int64_t> ranks;
+  for (size_t i = 0; i < levels.size(); ++i) {
+    const auto [form, rank] = FinalChoice(i, layer, levels[i].profile[layer]);
+    if (form == Form::kGar) ranks.insert(rank);
+  }
+  return ranks;
+}
+
+absl::Status Compression::FitGarPairs(size_t layer, const Decomposition& decomposition,
+                                      std::span<const float> weights,
+                                      std::span<const double> moment,
+                                      const std::set<int64_t>& ranks) {
+  const LinearSpec& spec = source_->layers()[layer];
+  is_gar_done_[layer] = 1;
+  for (const int64_t rank : ranks) {
+    NESTOR_ASSIGN_OR_RETURN(const GarFit fit,
+                            FitGar(decomposition, weights, spec.out, spec.in, moment, rank));
+    if (fit.error <= kLargestGarError * fit.plain_error) {
+      gar_ranks_[layer].insert(rank);
+      NESTOR_RETURN_IF_ERROR(AddGar(spec, fit.pair, spill_.get()));
+      continue;
+    }
+    const auto flops = [&](FormAndRank choice) {
+      return CostOf(spec, choice, RankObjective::kFlops);
+    };
+    const bool pays = flops({Form::kPrefix, rank}) < flops({});
+    gar_substitutes_[layer][rank] = pays ? Form::kPrefix : Form::kDense;
+    // So are larger ones, which must be nested.
+    if (!pays) break;
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Compression::FitOtherGarPairs(const std::vector<Level>& levels) {
+  return ForEachLayer("Fitting gar pairs", [&](size_t layer) -> absl::Status {
+    const std::set<int64_t> ranks = GarRanksOf(levels, layer);
+    if (is_gar_done_[layer] != 0 || ranks.empty()) return absl::OkStatus();
+    const LinearSpec& spec = source_->layers()[layer];
+    NESTOR_ASSIGN_OR_RETURN(const std::vector<double> moment,
+                            calibration_->Moment(inputs_.input_of_layer[layer]));
+    NESTOR_ASSIGN_OR_RETURN(const std::vector<float> weights, source_->SourceWeight(layer));
+    NESTOR_ASSIGN_OR_RETURN(const Decomposition decomposition,
+                            Decompose(weights, spec.out, spec.in, moment, *ranks.rbegin()));
+    return FitGarPairs(layer, decomposition, weights, moment, ranks);
+  });
+}
+
+absl::Status Compression::RunGarPairs(std::vector<Level>* levels) {
+  NESTOR_RETURN_IF_ERROR(FitOtherGarPairs(*levels));
+  for (size_t layer = 0; layer < source_->layers().size(); ++layer) {
+    bool is_dense = false;  // from the level on that could run neither form of its rank
+    for (size_t i = 0; i < levels->size(); ++i) {
+      Level& level = (*levels)[i];
+      const FormAndRank choice = FinalChoice(i, layer, level.profile[layer]);
+      if (level.profile[layer].form != Form::kPrefix) continue;
+      const auto substitute = gar_substitutes_[layer].find(choice.rank);
+      if (choice.form != Form::kGar || gar_ranks_[layer].contains(choice.rank)) {
+        level.profile[layer] = choice;
+      } else if (substitute != gar_substitutes_[layer].end()) {
+        is_dense = is_dense || substitute->second == Form::kDense;
+      }
+      if (is_dense) level.profile[layer] = {};
+      if (!report_.search.empty()) report_.search[i].profile = level.profile;
+    }
+  }
+  return WriteParts(*levels);
+}
+
+void Compression::ReportGarPairs() {
+  int64_t num_substitutes = 0;
+  for (size_t layer = 0; layer < source_->layers().size(); ++layer) {
+    const LinearSpec& spec = source_->layers()[layer];
+    for (const int64_t rank : stored_ranks_.gar[layer]) {
+      ++report_.gar_pairs;
+      report_.gar_bytes +=
+          CostOfLinear(spec.out, spec.in, /*has_bias=*/false, options_.dense, Form::kGar, rank)
+              .weight_bytes;
+    }
+    num_substitutes += std::ssize(gar_substitutes_[layer]);
+  }
+  if (report_.gar_pairs > 0) {
+    report_.notes.push_back(absl::StrFormat("%d gar pairs take %.2f MB", report_.gar_pairs,
+                                            1e-6 * static_cast<double>(report_.gar_bytes)));
+  }
+  if (num_substitutes == 0) return;
+  report_.notes.push_back(absl::StrFormat(
+      "%d gar pairs would have lost more than %.2f of what plain factors do: those stay plain, or "
+      "dense above break-even, and their levels cost more",
+      num_substitutes, kLargestGarError));
 }
 
 absl::Status Compression::ChooseActivations(const std::vector<Level>& levels) {
@@ -774,16 +1003,20 @@ absl::StatusOr<CompressReport> Compression::Run() {
   const absl::Status written = [&]() -> absl::Status {
     NESTOR_RETURN_IF_ERROR(CompressLayers());
     NESTOR_RETURN_IF_ERROR(WeightErrors());
-    NESTOR_RETURN_IF_ERROR(SetCosts());
-    NESTOR_ASSIGN_OR_RETURN(const std::vector<Level> levels, ChooseLevels());
+    NESTOR_ASSIGN_OR_RETURN(std::vector<Level> levels, ChooseLevels());
     NESTOR_RETURN_IF_ERROR(WriteParts(levels));
     if (is_measured()) NESTOR_RETURN_IF_ERROR(CompareLosses(levels));
     if (options_.refit_tokens > 0) NESTOR_RETURN_IF_ERROR(RefitPrefix(levels));
-    spill_.reset();
+    if (may_be_gar()) NESTOR_RETURN_IF_ERROR(RunGarPairs(&levels));
     NESTOR_RETURN_IF_ERROR(ChooseActivations(levels));
     NESTOR_ASSIGN_OR_RETURN(const std::vector<Level> measured, MeasureLevels(levels));
     report_.levels = WithoutInversions(measured, &report_.notes);
     KeepSearched(report_.levels, &report_.search);
+    if (report_.levels.size() < measured.size()) {
+      NESTOR_RETURN_IF_ERROR(WriteParts(report_.levels));
+    }
+    spill_.reset();
+    if (may_be_gar()) ReportGarPairs();
     NESTOR_RETURN_IF_ERROR(WriteDescription(&report_.levels));
     return CommitDirectory(partial_, output_, options_.overwrites);
   }();

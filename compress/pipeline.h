@@ -59,6 +59,9 @@ struct CompressOptions {
   // Calibration tokens that a prefix ladder's factors are refitted on (RefitFactors); 0: not at
   // all. A residual ladder gains nothing from it (measured) and is left as it is.
   int64_t refit_tokens = 12288;
+  // Levels of the prefix ladder (or the mixed one), from its cheapest, 0, on, that may run gar
+  // pairs where a layer's prefix is cheaper so; unset: all.
+  std::optional<std::vector<int>> gar_levels;
   RankSearchOptions search;
   // Layers whose inputs stay floats: chosen by measurement, none, or all.
   Activations activations = Activations::kAuto;
@@ -86,6 +89,8 @@ struct CompressReport {
   int64_t resumed_sequences = 0;   // of calibration, found done by an earlier run
   int64_t calibration_tokens = 0;
   int64_t evaluation_tokens = 0;
+  int64_t gar_pairs = 0;  // stored, and their bytes
+  int64_t gar_bytes = 0;
 };
 
 // Writes a nested artifact of a checkpoint (docs/artifact_format.md). The output appears whole, by

@@ -93,8 +93,7 @@ std::vector<float> Product(const std::vector<float>& weights, const std::vector<
 class RefittingBackend final : public Backend {
  public:
   RefittingBackend(std::unique_ptr<Backend> inner, const NestedModel* artifact,
-                   const NestedModel* source, const RefitOptions* options,
-                   const std::function<absl::Status(size_t, const FactorPair&)>* keep,
+                   const NestedModel* source, const RefitOptions* options, const KeepRefitted* keep,
                    Progress* progress)
       : inner_(std::move(inner)),
         artifact_(artifact),
@@ -191,19 +190,24 @@ class RefittingBackend final : public Backend {
     NESTOR_ASSIGN_OR_RETURN(LinearWeights weights, artifact_->Weights(layer, &scratch));
     NESTOR_ASSIGN_OR_RETURN(const std::vector<float> original, source_->SourceWeight(layer));
     const std::vector<float> target = Product(original, guess, spec.out, spec.in);
-    NESTOR_ASSIGN_OR_RETURN(const FactorPair factors,
-                            FactorsOf(target, spec.out, spec.in, moment, options_->ranks[layer]));
+    NESTOR_ASSIGN_OR_RETURN(const Decomposition decomposition,
+                            Decompose(target, spec.out, spec.in, moment, options_->ranks[layer]));
+    const FactorPair factors = QuantisePair(decomposition, spec.out, spec.in);
     weights.prefix = ViewOf(factors);
     NESTOR_ASSIGN_OR_RETURN(inner_ids_[layer], inner_->LoadLinear(weights));
     progress_->Advance(spec.out * spec.in);
-    return (*keep_)(layer, factors);
+    return (*keep_)({.layer = layer,
+                     .weights = target,
+                     .moment = moment,
+                     .decomposition = decomposition,
+                     .factors = factors});
   }
 
   const std::unique_ptr<Backend> inner_;
   const NestedModel* const artifact_;
   const NestedModel* const source_;
   const RefitOptions* const options_;
-  const std::function<absl::Status(size_t, const FactorPair&)>* const keep_;
+  const KeepRefitted* const keep_;
   Progress* const progress_;
   std::vector<LinearId> inner_ids_;  // by layer; kNone until it is refitted
   absl::Status status_;
@@ -213,8 +217,7 @@ class RefittingBackend final : public Backend {
 
 absl::Status RefitFactors(std::unique_ptr<NestedModel> artifact, const NestedModel& source,
                           const TokenSequences& sequences, const RefitOptions& options,
-                          const BackendFactory& make_backend,
-                          const std::function<absl::Status(size_t, const FactorPair&)>& keep) {
+                          const BackendFactory& make_backend, const KeepRefitted& keep) {
   NESTOR_CHECK(!options.levels.empty() && !sequences.empty());
   const int64_t copies = static_cast<int64_t>(options.levels.size()) + 1;
   const int full = static_cast<int>(artifact->levels().size()) - 1;

@@ -56,6 +56,21 @@ absl::StatusOr<std::vector<double>> ParseCosts(const std::string& list) {
   return costs;
 }
 
+absl::StatusOr<std::optional<std::vector<int>>> ParseGarLevels(const std::string& list) {
+  if (list == "all") return std::nullopt;
+  std::vector<int> levels;
+  if (list == "none") return levels;
+  for (const absl::string_view item : absl::StrSplit(list, ',')) {
+    int level = 0;
+    if (!absl::SimpleAtoi(item, &level)) {
+      return UsageError(absl::StrCat(
+          "--gar-levels: expected all, none, or numbers and commas; was \"", list, "\""));
+    }
+    levels.push_back(level);
+  }
+  return levels;
+}
+
 absl::StatusOr<DenseStorage> ParseDtype(const std::string& name) {
   if (name == "int8") return DenseStorage::kPlanes;
   if (name == "bf16") return DenseStorage::kBf16;
@@ -79,6 +94,7 @@ absl::Status RunCompress(const std::vector<std::string>& arguments) {
   std::string dtype = "int8";
   std::string search, objective, costs;
   std::string activations = "auto";
+  std::string gar_levels = "all";
   int64_t levels = options.levels;
   bool prints_json = false;
   Flags flags("nestor compress HF_DIR OUT --calibration FILE [flags]",
@@ -123,6 +139,9 @@ absl::Status RunCompress(const std::vector<std::string>& arguments) {
   flags.Add("costs", &costs,
             "shares of the full level's cost to have levels at, such as 0.9,0.8,0.6; instead of "
             "--levels");
+  flags.Add("gar-levels", &gar_levels,
+            "levels of a prefix ladder, 0 being its cheapest, whose layers are stored once more in "
+            "their cheapest gauge, for a quarter less FLOPs at most: all, none, or such as 1,2");
   flags.Add("rows", &options.search.rows, "rows of the step whose time a measured search measures");
   flags.Add("probes", &options.search.probes,
             "ranks that a measured search probes of each layer and form; 1 is quickest");
@@ -143,6 +162,7 @@ absl::Status RunCompress(const std::vector<std::string>& arguments) {
   NESTOR_ASSIGN_OR_RETURN(options.search.method, ParseSearch(search));
   NESTOR_ASSIGN_OR_RETURN(options.search.objective, ParseObjective(objective));
   NESTOR_ASSIGN_OR_RETURN(options.search.costs, ParseCosts(costs));
+  NESTOR_ASSIGN_OR_RETURN(options.gar_levels, ParseGarLevels(gar_levels));
   options.threads = AvailableCpus();
   options.make_backend = [] { return MakeCpuBackend({}); };
 
@@ -151,6 +171,8 @@ absl::Status RunCompress(const std::vector<std::string>& arguments) {
     const nlohmann::json json = {{"artifact", options.output},
                                  {"levels", LevelReport(report.levels)},
                                  {"search", SearchReport(report)},
+                                 {"gar_pairs", report.gar_pairs},
+                                 {"gar_bytes", report.gar_bytes},
                                  {"notes", report.notes},
                                  {"calibration_tokens", report.calibration_tokens},
                                  {"evaluation_tokens", report.evaluation_tokens}};

@@ -287,9 +287,13 @@ TEST_F(MeasuredSearchTest, LayerTimesAreOfEveryFormAndAddUpToAProfile) {
   for (const LinearSpec& layer : layers) {
     EXPECT_GT(times->Of(layer, {}), 0);
     EXPECT_GT(times->Of(layer, {Form::kResidual, 0}), 0);
-    const std::vector<int64_t> ranks = PrefixRanks(layer.out, layer.in);
+    const std::vector<int64_t> ranks = PrefixRanks(layer.out, layer.in, /*may_be_gar=*/false);
     ASSERT_GE(ranks.size(), 3u);
     for (const int64_t rank : ranks) EXPECT_GT(times->Of(layer, {Form::kPrefix, rank}), 0);
+    // As plain factors of as many weights.
+    const int64_t sizes = layer.out + layer.in;
+    EXPECT_EQ(times->Of(layer, {Form::kGar, ranks.back()}),
+              times->Of(layer, {Form::kPrefix, ranks.back() * (sizes - ranks.back()) / sizes}));
     total += times->Of(layer, {});
   }
   EXPECT_EQ(times->OfProfile(layers, full), total);

@@ -10,7 +10,10 @@
 #include <filesystem>
 #include <limits>
 #include <random>
+#include <set>
+#include <utility>
 
+#include "absl/strings/str_cat.h"
 #include "base/file.h"
 #include "compress/evaluate.h"
 #include "compress/quantise.h"
@@ -18,6 +21,7 @@
 #include "gtest/gtest.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/reference/reference_backend.h"
+#include "nlohmann/json.hpp"
 #include "tests/testing/temporary_directory.h"
 #include "tests/testing/tiny_checkpoint.h"
 
@@ -311,6 +315,149 @@ TEST_F(PipelineTest, RefittedPrefixesStayCloserToTheFullLevel) {
   const std::string text = RandomText(100, 4);
   EXPECT_LT(DistanceFromFull(options.output, 1, text),
             0.9 * DistanceFromFull(Path("out.nested"), 1, text));
+}
+
+int64_t CountGar(const Level& level) {
+  return std::count_if(level.profile.begin(), level.profile.end(),
+                       [](const FormAndRank& layer) { return layer.form == Form::kGar; });
+}
+
+TEST_F(PipelineTest, GarPairsAreStoredForTheLevelsThatAreNamed) {
+  CompressOptions options = Options("llama");
+  options.ladder = LadderChoice::kPrefix;
+  options.search.costs = {0.5, 0.7, 0.85};
+  options.gar_levels = {{1, 2}};
+  const auto report = Compress(options);
+  ASSERT_TRUE(report.ok()) << report.status();
+  const auto model = NestedModel::Open(options.output);
+  ASSERT_TRUE(model.ok()) << model.status();
+  std::set<std::pair<size_t, int64_t>> run;
+  int64_t bytes = 0;
+  for (size_t layer = 0; layer < (*model)->layers().size(); ++layer) {
+    const LinearSpec& spec = (*model)->layers()[layer];
+    for (const Level& level : (*model)->levels()) {
+      const auto [form, rank] = level.profile[layer];
+      if (form == Form::kGar && run.emplace(layer, rank).second) {
+        bytes +=
+            CostOfLinear(spec.out, spec.in, false, DenseStorage::kPlanes, form, rank).weight_bytes;
+      }
+    }
+    std::vector<int64_t> ranks;
+    for (const auto& [of_layer, rank] : run) {
+      if (of_layer == layer) ranks.push_back(rank);
+    }
+    EXPECT_EQ((*model)->GarRanks(layer), ranks) << spec.name;
+  }
+  EXPECT_EQ(report->gar_pairs, std::ssize(run));
+  EXPECT_EQ(report->gar_bytes, bytes);
+  EXPECT_GT(bytes, 0);
+  int64_t gar_layers = 0;
+  for (const Level& level : (*model)->levels()) {
+    if (level.relative_flops <= 0.5) EXPECT_EQ(CountGar(level), 0);
+    gar_layers += CountGar(level);
+  }
+  EXPECT_GT(gar_layers, 0);
+}
+
+TEST_F(PipelineTest, WithoutGarPairsALevelHasSmallerRanks) {
+  CompressOptions options = Options("llama");
+  options.ladder = LadderChoice::kPrefix;
+  options.search.method = RankSearch::kEnergy;
+  options.search.costs = {0.7};
+  const auto with = Compress(options);
+  ASSERT_TRUE(with.ok()) << with.status();
+  options.output = Path("plain.nested");
+  options.gar_levels = std::vector<int>();
+  const auto without = Compress(options);
+  ASSERT_TRUE(without.ok()) << without.status();
+  EXPECT_EQ(without->gar_pairs, 0);
+  EXPECT_EQ(CountGar(without->levels[0]), 0);
+  EXPECT_GT(CountGar(with->levels[0]), 0);
+  // Dense layers count with all their ranks.
+  int64_t sums[2] = {};
+  const auto model = NestedModel::Open(options.output);
+  ASSERT_TRUE(model.ok());
+  for (size_t layer = 0; layer < (*model)->layers().size(); ++layer) {
+    const LinearSpec& spec = (*model)->layers()[layer];
+    for (const auto* report : {&with, &without}) {
+      const auto [form, rank] = (**report)->levels[0].profile[layer];
+      sums[report == &with ? 0 : 1] += form == Form::kDense ? std::min(spec.out, spec.in) : rank;
+    }
+  }
+  EXPECT_GT(sums[0], sums[1]);
+  EXPECT_LE(with->levels[0].relative_flops, 0.7);
+}
+
+TEST_F(PipelineTest, GarLevelsThatAreNotThereAreRefused) {
+  CompressOptions options = Options("llama");
+  options.gar_levels = {{0}};
+  EXPECT_THAT(std::string(Compress(options).status().message()),
+              HasSubstr("gar levels: 0, but a residual ladder has no gar pairs"));
+  options.ladder = LadderChoice::kPrefix;
+  options.gar_levels = {{1, 4}};
+  EXPECT_THAT(std::string(Compress(options).status().message()),
+              HasSubstr("gar levels: expected 0 to 3, from the ladder's cheapest; was 4"));
+  options.search.costs = {1, 0.8, 0.6};
+  options.gar_levels = {{2}};
+  EXPECT_THAT(std::string(Compress(options).status().message()),
+              HasSubstr("gar levels: expected 0 to 1"));
+}
+
+TEST_F(PipelineTest, DamagedGarPairsAreRefusedByName) {
+  CompressOptions options = Options("llama");
+  options.ladder = LadderChoice::kPrefix;
+  ASSERT_TRUE(Compress(options).ok());
+  const std::string description_path = options.output + "/nested.json";
+  const std::string tensors_path = options.output + "/nested.safetensors";
+  const nlohmann::json description = nlohmann::json::parse(*ReadFile(description_path));
+  size_t layer = 0;
+  while (!description["layers"][layer].contains("gar_ranks")) ++layer;
+  const int64_t rank = description["layers"][layer]["gar_ranks"][0];
+  const std::string name = description["layers"][layer]["name"];
+  const auto message = [&] {
+    return std::string(NestedModel::Open(options.output).status().message());
+  };
+  const auto write = [&](const nlohmann::json& json) {
+    ASSERT_TRUE(WriteFileAtomically(description_path, json.dump()).ok());
+  };
+
+  nlohmann::json damaged = description;
+  damaged["layers"][layer].erase("gar_ranks");
+  write(damaged);
+  EXPECT_THAT(message(), HasSubstr(absl::StrCat("layer ", name, ": gar rank ", rank,
+                                                ", but no pair of that rank is stored")));
+  for (const nlohmann::json& ranks : {nlohmann::json("all"), nlohmann::json({rank, rank}),
+                                      nlohmann::json({0}), nlohmann::json({1000})}) {
+    damaged = description;
+    damaged["layers"][layer]["gar_ranks"] = ranks;
+    write(damaged);
+    EXPECT_THAT(message(), HasSubstr(absl::StrCat("layers[", layer, "].gar_ranks: ", ranks.dump(),
+                                                  ", expected ascending counts")));
+  }
+  damaged = description;
+  damaged["layers"][layer]["gar_ranks"].push_back(71);
+  write(damaged);
+  EXPECT_THAT(message(), HasSubstr(absl::StrCat(name, ".gar.71.a")));
+  write(description);
+
+  const auto tensors = TensorFile::Open({tensors_path});
+  ASSERT_TRUE(tensors.ok());
+  const std::string rows_name = absl::StrCat(name, ".gar.", rank, ".rows");
+  const std::byte* least = nullptr;
+  for (const auto& [key, view] : (*tensors)->tensors()) {
+    if (least == nullptr || view.bytes.data() < least) least = view.bytes.data();
+  }
+  const std::byte* const rows_data = (*tensors)->tensors().at(rows_name).bytes.data();
+  std::string bytes = *ReadFile(tensors_path);
+  uint64_t header = 0;
+  std::memcpy(&header, bytes.data(), sizeof(header));
+  char* const rows = bytes.data() + sizeof(header) + header + (rows_data - least);
+  std::swap_ranges(rows, rows + 4, rows + 4);
+  ASSERT_TRUE(WriteFileAtomically(tensors_path, bytes).ok());
+  EXPECT_THAT(message(), HasSubstr(rows_name + ": its bytes do not have the checksum"));
+  std::copy_n(rows, 4, rows + 4);
+  ASSERT_TRUE(WriteFileAtomically(tensors_path, bytes).ok());
+  EXPECT_THAT(message(), HasSubstr(rows_name + ": element 1 is"));
 }
 
 TEST_F(PipelineTest, PlanesHoldTheSourceWeights) {

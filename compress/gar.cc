@@ -1,0 +1,204 @@
+#include "compress/gar.h"
+
+#include <cblas.h>
+#include <lapack.h>
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "base/check.h"
+#include "base/status_macros.h"
+
+namespace nestor {
+namespace {
+
+constexpr int64_t kLeastGarShare = 4;  // of the full rank, one part in
+// Rows of W in double at a time: a head has tens of thousands.
+constexpr int64_t kBlockRows = 2048;
+// Added to the moment of z, as share of its mean diagonal: inputs may span less than the rank.
+constexpr double kDamping = 1e-9;
+
+int Int(int64_t value) { return static_cast<int>(value); }
+
+absl::Status LapackError(const char* routine, int64_t rank, lapack_int error) {
+  return absl::InternalError(absl::StrCat("gar pair of rank ", rank, ": ", routine, " ", error));
+}
+
+// All rows of B [out, rank], those of the largest and most independent components first.
+absl::StatusOr<std::vector<int32_t>> PivotedRows(const Decomposition& decomposition, int64_t out,
+                                                 int64_t rank) {
+  // A row of B is a column to LAPACK.
+  std::vector<double> b(static_cast<size_t>(rank * out));
+  for (int64_t k = 0; k < rank; ++k) {
+    for (int64_t i = 0; i < out; ++i) {
+      b[static_cast<size_t>(i * rank + k)] = decomposition.bt[static_cast<size_t>(k * out + i)];
+    }
+  }
+  const lapack_int m = static_cast<lapack_int>(rank);
+  const lapack_int n = static_cast<lapack_int>(out);
+  std::vector<lapack_int> pivots(static_cast<size_t>(out));
+  std::vector<double> reflectors(static_cast<size_t>(rank));
+  lapack_int error = 0;
+  lapack_int work_size = -1;
+  double best_work_size = 0;
+  LAPACK_dgeqp3(&m, &n, b.data(), &m, pivots.data(), reflectors.data(), &best_work_size, &work_size,
+                &error);
+  work_size = static_cast<lapack_int>(best_work_size);
+  std::vector<double> work(static_cast<size_t>(work_size));
+  LAPACK_dgeqp3(&m, &n, b.data(), &m, pivots.data(), reflectors.data(), work.data(), &work_size,
+                &error);
+  if (error != 0) return LapackError("dgeqp3", rank, error);
+  std::vector<int32_t> rows;
+  for (const lapack_int pivot : pivots) rows.push_back(static_cast<int32_t>(pivot - 1));
+  return rows;
+}
+
+// A [rank, in]: the pivots' rows of B_r A_r.
+std::vector<float> PivotOutputs(const Decomposition& decomposition,
+                                const std::vector<int32_t>& rows, int64_t out, int64_t in,
+                                int64_t rank) {
+  const std::vector<double> a(decomposition.a.begin(), decomposition.a.begin() + rank * in);
+  std::vector<double> b(static_cast<size_t>(rank * rank));
+  for (int64_t i = 0; i < rank; ++i) {
+    for (int64_t k = 0; k < rank; ++k) {
+      b[static_cast<size_t>(i * rank + k)] =
+          decomposition.bt[static_cast<size_t>(k * out + rows[static_cast<size_t>(i)])];
+    }
+  }
+  std::vector<double> product(a.size());
+  cblas_dgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, Int(rank), Int(in), Int(rank), 1, b.data(),
+              Int(rank), a.data(), Int(in), 0, product.data(), Int(in));
+  return {product.begin(), product.end()};
+}
+
+// `count` rows of `weights` from place `first` of the order on, in double.
+std::vector<double> OrderedRows(std::span<const float> weights, int64_t in,
+                                const std::vector<int32_t>& rows, int64_t first, int64_t count) {
+  std::vector<double> block;
+  block.reserve(static_cast<size_t>(count * in));
+  for (int64_t i = first; i < first + count; ++i) {
+    const float* const row = weights.data() + rows[static_cast<size_t>(i)] * in;
+    block.insert(block.end(), row, row + in);
+  }
+  return block;
+}
+
+// B^T [rank, out - rank]: W S A^T (A S A^T)^-1 of the rows behind the pivots.
+absl::StatusOr<std::vector<float>> FitOthers(std::span<const float> weights, int64_t out,
+                                             int64_t in, std::span<const double> moment,
+                                             const std::vector<int32_t>& rows,
+                                             const std::vector<double>& a, int64_t rank) {
+  std::vector<double> as(a.size());  // A S [rank, in]
+  cblas_dsymm(CblasRowMajor, CblasRight, CblasUpper, Int(rank), Int(in), 1, moment.data(), Int(in),
+              a.data(), Int(in), 0, as.data(), Int(in));
+  std::vector<double> gram(static_cast<size_t>(rank * rank));
+  cblas_dgemm(CblasRowMajor, CblasNoTrans, CblasTrans, Int(rank), Int(rank), Int(in), 1, as.data(),
+              Int(in), a.data(), Int(in), 0, gram.data(), Int(rank));
+  double trace = 0;
+  for (int64_t k = 0; k < rank; ++k) trace += gram[static_cast<size_t>(k * rank + k)];
+  // Outputs that are always zero are guessed as zero.
+  const double damping = trace > 0 ? kDamping * trace / static_cast<double>(rank) : 1;
+  for (int64_t k = 0; k < rank; ++k) gram[static_cast<size_t>(k * rank + k)] += damping;
+  const char triangle = 'U';
+  const lapack_int size = static_cast<lapack_int>(rank);
+  lapack_int error = 0;
+  LAPACK_dpotrf(&triangle, &size, gram.data(), &size, &error);
+  if (error != 0) return LapackError("dpotrf", rank, error);
+
+  const int64_t others = out - rank;
+  std::vector<float> bt(static_cast<size_t>(rank * others));
+  for (int64_t begin = 0; begin < others; begin += kBlockRows) {
+    const int64_t count = std::min(kBlockRows, others - begin);
+    const std::vector<double> block = OrderedRows(weights, in, rows, rank + begin, count);
+    // A row of the product is a column to LAPACK.
+    std::vector<double> b(static_cast<size_t>(count * rank));
+    cblas_dgemm(CblasRowMajor, CblasNoTrans, CblasTrans, Int(count), Int(rank), Int(in), 1,
+                block.data(), Int(in), as.data(), Int(in), 0, b.data(), Int(rank));
+    const lapack_int columns = static_cast<lapack_int>(count);
+    LAPACK_dpotrs(&triangle, &size, &columns, gram.data(), &size, b.data(), &size, &error);
+    if (error != 0) return LapackError("dpotrs", rank, error);
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t k = 0; k < rank; ++k) {
+        bt[static_cast<size_t>(k * others + begin + i)] =
+            static_cast<float>(b[static_cast<size_t>(i * rank + k)]);
+      }
+    }
+  }
+  return bt;
+}
+
+// E||W x - B A x||^2 over rows of W in the given order from `first` on; bt is [rank, their count].
+double LostEnergy(std::span<const float> weights, int64_t in, std::span<const double> moment,
+                  const std::vector<int32_t>& rows, int64_t first, const std::vector<double>& a,
+                  const std::vector<float>& bt, int64_t rank) {
+  const int64_t total = std::ssize(rows) - first;
+  double energy = 0;
+  for (int64_t begin = 0; begin < total; begin += kBlockRows) {
+    const int64_t count = std::min(kBlockRows, total - begin);
+    std::vector<double> lost = OrderedRows(weights, in, rows, first + begin, count);
+    std::vector<double> b(static_cast<size_t>(rank * count));
+    for (int64_t k = 0; k < rank; ++k) {
+      std::copy_n(bt.begin() + k * total + begin, count, b.begin() + k * count);
+    }
+    cblas_dgemm(CblasRowMajor, CblasTrans, CblasNoTrans, Int(count), Int(in), Int(rank), -1,
+                b.data(), Int(count), a.data(), Int(in), 1, lost.data(), Int(in));
+    std::vector<double> product(lost.size());
+    cblas_dsymm(CblasRowMajor, CblasRight, CblasUpper, Int(count), Int(in), 1, moment.data(),
+                Int(in), lost.data(), Int(in), 0, product.data(), Int(in));
+    energy += cblas_ddot(Int(count * in), lost.data(), 1, product.data(), 1);
+  }
+  return energy;
+}
+
+std::vector<double> Dequantised(const FactorCodes& factor) {
+  const std::vector<float> values = DequantiseFactor(factor);
+  return {values.begin(), values.end()};
+}
+
+// Of plain factors of this rank, quantised; rows may be in any order.
+double LostByPlainFactors(const Decomposition& decomposition, std::span<const float> weights,
+                          int64_t out, int64_t in, std::span<const double> moment, int64_t rank) {
+  std::vector<int32_t> rows;
+  for (int64_t i = 0; i < out; ++i) rows.push_back(static_cast<int32_t>(i));
+  const auto quantised = [rank](const std::vector<float>& values, int64_t size) {
+    return QuantiseFactor(std::span(values).first(static_cast<size_t>(rank * size)), rank, size);
+  };
+  return LostEnergy(weights, in, moment, rows, 0, Dequantised(quantised(decomposition.a, in)),
+                    DequantiseFactor(quantised(decomposition.bt, out)), rank);
+}
+
+}  // namespace
+
+FormAndRank CheapestPrefix(int64_t out, int64_t in, int64_t rank, bool may_be_gar) {
+  const bool is_gar = may_be_gar && kLeastGarShare * rank >= std::min(out, in) && rank < out;
+  return {is_gar ? Form::kGar : Form::kPrefix, rank};
+}
+
+absl::StatusOr<GarFit> FitGar(const Decomposition& decomposition, std::span<const float> weights,
+                              int64_t out, int64_t in, std::span<const double> moment,
+                              int64_t rank) {
+  NESTOR_CHECK(rank > 0 && rank <= decomposition.rank && rank < out);
+  GarFit fit;
+  NESTOR_ASSIGN_OR_RETURN(fit.pair.rows, PivotedRows(decomposition, out, rank));
+  const std::vector<int32_t>& rows = fit.pair.rows;
+  fit.pair.a = QuantiseFactor(PivotOutputs(decomposition, rows, out, in, rank), rank, in);
+  const std::vector<double> a = Dequantised(fit.pair.a);
+  NESTOR_ASSIGN_OR_RETURN(const std::vector<float> bt,
+                          FitOthers(weights, out, in, moment, rows, a, rank));
+  fit.pair.bt = QuantiseFactor(bt, rank, out - rank);
+
+  const double energy = OutputEnergy(weights, out, in, moment);
+  if (energy <= 0) return fit;
+  const std::vector<int32_t> pivots(rows.begin(), rows.begin() + rank);
+  std::vector<float> identity(static_cast<size_t>(rank * rank));
+  for (int64_t k = 0; k < rank; ++k) identity[static_cast<size_t>(k * rank + k)] = 1;
+  fit.error =
+      (LostEnergy(weights, in, moment, pivots, 0, a, identity, rank) +
+       LostEnergy(weights, in, moment, rows, rank, a, DequantiseFactor(fit.pair.bt), rank)) /
+      energy;
+  fit.plain_error = LostByPlainFactors(decomposition, weights, out, in, moment, rank) / energy;
+  return fit;
+}
+
+}  // namespace nestor

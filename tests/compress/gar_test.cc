@@ -1,0 +1,216 @@
+#include "compress/gar.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <random>
+#include <string>
+
+#include "compress/layer.h"
+#include "gtest/gtest.h"
+
+namespace nestor {
+namespace {
+
+struct Case {
+  std::string name;
+  int64_t out;
+  int64_t in;
+  int64_t rank;
+  double decay = 1;           // of singular values, from one to the next
+  bool repeats_rows = false;  // the first `rank` rows are equal
+  bool is_singular = false;   // half of the inputs are zero
+};
+void PrintTo(const Case& value, std::ostream* out) { *out << value.name; }
+
+// A sum of outer products of random vectors, each `decay` of the one before.
+std::vector<float> RandomWeights(const Case& c, std::mt19937_64* random) {
+  std::normal_distribution<double> normal;
+  std::vector<double> weights(static_cast<size_t>(c.out * c.in));
+  double scale = 1;
+  for (int64_t k = 0; k < std::min(c.out, c.in); ++k, scale *= c.decay) {
+    std::vector<double> u(static_cast<size_t>(c.out)), v(static_cast<size_t>(c.in));
+    for (double& value : u) value = normal(*random);
+    for (double& value : v) value = normal(*random);
+    for (int64_t i = 0; i < c.out; ++i) {
+      for (int64_t j = 0; j < c.in; ++j) {
+        weights[static_cast<size_t>(i * c.in + j)] +=
+            scale * u[static_cast<size_t>(i)] * v[static_cast<size_t>(j)];
+      }
+    }
+  }
+  for (int64_t i = 1; i < c.rank && c.repeats_rows; ++i) {
+    std::copy_n(weights.begin(), c.in, weights.begin() + i * c.in);
+  }
+  return {weights.begin(), weights.end()};
+}
+
+std::vector<double> RandomMoment(const Case& c, std::mt19937_64* random) {
+  std::normal_distribution<double> normal;
+  const int64_t n = c.in;
+  std::vector<double> moment(static_cast<size_t>(n * n));
+  std::vector<double> x(static_cast<size_t>(n));
+  for (int64_t row = 0; row < 3 * n; ++row) {
+    for (int64_t j = 0; j < n; ++j) {
+      // A few dominant directions, as activations have.
+      x[static_cast<size_t>(j)] = normal(*random) * (j % 7 == 0 ? 5.0 : 0.5);
+      if (c.is_singular && j % 2 == 0) x[static_cast<size_t>(j)] = 0;
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t j = 0; j < n; ++j) {
+        moment[static_cast<size_t>(i * n + j)] +=
+            x[static_cast<size_t>(i)] * x[static_cast<size_t>(j)] / static_cast<double>(3 * n);
+      }
+    }
+  }
+  return moment;
+}
+
+// tr(D S D^T) in plain loops.
+double Energy(const std::vector<double>& d, int64_t in, const std::vector<double>& moment) {
+  double energy = 0;
+  for (size_t row = 0; row < d.size(); row += static_cast<size_t>(in)) {
+    for (int64_t j = 0; j < in; ++j) {
+      for (int64_t k = 0; k < in; ++k) {
+        energy += d[row + static_cast<size_t>(j)] * moment[static_cast<size_t>(j * in + k)] *
+                  d[row + static_cast<size_t>(k)];
+      }
+    }
+  }
+  return energy;
+}
+
+// The matrix [out, in] that a stored pair stands for.
+std::vector<double> MatrixOf(const GarPair& pair, const Case& c) {
+  const std::vector<float> a = DequantiseFactor(pair.a);
+  const std::vector<float> bt = DequantiseFactor(pair.bt);
+  const int64_t others = c.out - c.rank;
+  std::vector<double> matrix(static_cast<size_t>(c.out * c.in));
+  for (int64_t place = 0; place < c.out; ++place) {
+    double* const row = matrix.data() + pair.rows[static_cast<size_t>(place)] * c.in;
+    for (int64_t k = 0; k < c.rank; ++k) {
+      const double b = place < c.rank ? (place == k ? 1.0 : 0.0)
+                                      : bt[static_cast<size_t>(k * others + place - c.rank)];
+      for (int64_t j = 0; j < c.in; ++j) row[j] += b * a[static_cast<size_t>(k * c.in + j)];
+    }
+  }
+  return matrix;
+}
+
+// The first `rank` components, not quantised.
+std::vector<double> Sliced(const Decomposition& decomposition, const Case& c) {
+  std::vector<double> matrix(static_cast<size_t>(c.out * c.in));
+  for (int64_t k = 0; k < c.rank; ++k) {
+    for (int64_t i = 0; i < c.out; ++i) {
+      for (int64_t j = 0; j < c.in; ++j) {
+        matrix[static_cast<size_t>(i * c.in + j)] +=
+            static_cast<double>(decomposition.bt[static_cast<size_t>(k * c.out + i)]) *
+            decomposition.a[static_cast<size_t>(k * c.in + j)];
+      }
+    }
+  }
+  return matrix;
+}
+
+template <typename T>
+std::vector<double> Difference(const std::vector<T>& a, const std::vector<double>& b) {
+  std::vector<double> difference;
+  for (size_t i = 0; i < a.size(); ++i) difference.push_back(static_cast<double>(a[i]) - b[i]);
+  return difference;
+}
+
+class GarTest : public testing::TestWithParam<Case> {
+ protected:
+  GarTest() {
+    std::mt19937_64 random(5);
+    weights_ = RandomWeights(GetParam(), &random);
+    moment_ = RandomMoment(GetParam(), &random);
+    const auto& [name, out, in, rank, decay, repeats_rows, is_singular] = GetParam();
+    decomposition_ = Decompose(weights_, out, in, moment_, std::min(out, in)).value();
+    fit_ = FitGar(decomposition_, weights_, out, in, moment_, rank).value();
+  }
+  std::vector<float> weights_;
+  std::vector<double> moment_;
+  Decomposition decomposition_;
+  GarFit fit_;
+};
+
+TEST_P(GarTest, EqualsSlicedFactors) {
+  const std::vector<double> sliced = Sliced(decomposition_, GetParam());
+  const double apart =
+      Energy(Difference(MatrixOf(fit_.pair, GetParam()), sliced), GetParam().in, moment_);
+  // What int8 leaves of a pair with pivots (methods: 2-4e-2 of the output's length).
+  EXPECT_LT(std::sqrt(apart / Energy(sliced, GetParam().in, moment_)), 0.04);
+}
+
+TEST_P(GarTest, StatesWhatItLosesAndWhatPlainFactorsDo) {
+  const Case& c = GetParam();
+  const double energy = Energy({weights_.begin(), weights_.end()}, c.in, moment_);
+  const double lost = Energy(Difference(weights_, MatrixOf(fit_.pair, c)), c.in, moment_);
+  EXPECT_NEAR(fit_.error, lost / energy, 1e-3 * fit_.error + 1e-9);
+  // The best of its rank, and rounding.
+  double tail = 0;
+  for (size_t k = static_cast<size_t>(c.rank); k < decomposition_.singular_values.size(); ++k) {
+    tail += std::pow(decomposition_.singular_values[k], 2);
+  }
+  EXPECT_GE(fit_.plain_error, 0.999 * tail / energy);
+  EXPECT_LT(fit_.plain_error, 1.1 * tail / energy + 1e-3);
+  EXPECT_LT(fit_.error, 1.2 * fit_.plain_error + 1e-3);
+}
+
+TEST_P(GarTest, HasARowForEveryOutput) {
+  std::vector<int32_t> rows = fit_.pair.rows;
+  std::sort(rows.begin(), rows.end());
+  std::vector<int32_t> all(static_cast<size_t>(GetParam().out));
+  std::iota(all.begin(), all.end(), 0);
+  EXPECT_EQ(rows, all);
+  EXPECT_EQ(fit_.pair.a.rank, GetParam().rank);
+  EXPECT_EQ(fit_.pair.bt.size, GetParam().out - GetParam().rank);
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Shapes, GarTest,
+    testing::Values(Case{"square", 64, 64, 32}, Case{"wide", 40, 90, 17}, Case{"tall", 150, 37, 33},
+                    Case{"of_one_component", 30, 50, 1}, Case{"all_but_one", 33, 70, 32},
+                    Case{"ill_conditioned", 60, 60, 40, 0.7},
+                    Case{"with_equal_first_rows", 64, 64, 16, 1, true},
+                    Case{"of_inputs_that_span_less", 50, 64, 24, 0.9, false, true}),
+    [](const auto& info) { return info.param.name; });
+
+TEST(Gar, NoTwoEqualRowsArePivots) {
+  std::mt19937_64 random(6);
+  const Case c = {.name = "", .out = 40, .in = 40, .rank = 12, .repeats_rows = true};
+  const std::vector<float> weights = RandomWeights(c, &random);
+  const std::vector<double> moment = RandomMoment(c, &random);
+  const Decomposition decomposition = Decompose(weights, c.out, c.in, moment, c.rank).value();
+  const GarFit fit = FitGar(decomposition, weights, c.out, c.in, moment, c.rank).value();
+  const auto pivots_end = fit.pair.rows.begin() + c.rank;
+  EXPECT_LE(
+      std::count_if(fit.pair.rows.begin(), pivots_end, [&](int32_t row) { return row < c.rank; }),
+      1);
+}
+
+TEST(Gar, OfInputsThatAreAlwaysZeroLosesNothing) {
+  const std::vector<float> weights(6 * 4, 1.0f);
+  const std::vector<double> moment(4 * 4);
+  const Decomposition decomposition = Decompose(weights, 6, 4, moment, 2).value();
+  const auto fit = FitGar(decomposition, weights, 6, 4, moment, 2);
+  ASSERT_TRUE(fit.ok()) << fit.status();
+  EXPECT_EQ(fit->error, 0);
+  EXPECT_EQ(fit->plain_error, 0);
+}
+
+TEST(Gar, IsTakenFromAQuarterOfTheRankOn) {
+  EXPECT_EQ(CheapestPrefix(64, 100, 15, true), (FormAndRank{Form::kPrefix, 15}));
+  EXPECT_EQ(CheapestPrefix(64, 100, 16, true), (FormAndRank{Form::kGar, 16}));
+  EXPECT_EQ(CheapestPrefix(64, 100, 16, false), (FormAndRank{Form::kPrefix, 16}));
+}
+
+TEST(Gar, RanksReachBeyondBreakEven) {
+  EXPECT_EQ(PrefixRanks(576, 576, false).back(), 280);  // 576 / 2 is break-even
+  EXPECT_EQ(PrefixRanks(576, 576, true).back(), 512);   // 0.9 * 576 is 518
+  EXPECT_EQ(PrefixRanks(576, 576, true).front(), 8);
+}
+
+}  // namespace
+}  // namespace nestor
