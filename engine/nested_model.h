@@ -43,6 +43,9 @@ struct Level {
   double relative_cost = 1;
   double relative_flops = 1;
   LevelMetrics metrics;
+  // Made between two levels that are stored (engine/interpolate.h): its quality is an estimate,
+  // until it is measured.
+  bool is_interpolated = false;
 };
 
 // A model in its directory, ready to be loaded into a backend: an artifact with all its levels, or

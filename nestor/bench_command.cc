@@ -12,6 +12,7 @@
 #include "base/progress.h"
 #include "base/status_macros.h"
 #include "engine/engine.h"
+#include "engine/interpolate.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cpu/machine_probe.h"
 #include "nestor/bench_measure.h"
@@ -35,6 +36,7 @@ struct BenchFlags {
   std::optional<std::string> instruction_set;
   std::string kv_cache_type = "bf16";
   std::optional<std::string> levels;
+  std::vector<std::string> extra_costs;
   std::string rows = "1,4,16";
   std::string mixed_rows = "2,4,8,32";
   std::optional<int64_t> prompt_tokens;
@@ -116,6 +118,9 @@ void Declare(Flags* flags, BenchFlags* values) {
              "portable, avx2, avx512 or avx512_bf16 (default: the best this machine has)");
   flags->Add("kv-cache-type", &values->kv_cache_type, "bf16 or fp32");
   flags->Add("levels", &values->levels, "levels to measure, e.g. 0,3 (default: all)");
+  flags->Add("extra-cost", &values->extra_costs,
+             "a level between the model's own, as engine.extra_costs of nestord: 0.65 or "
+             "prefix:0.65; may be given several times");
   flags->Add("rows", &values->rows, "sequences that decode together");
   flags->Add("mixed-rows", &values->mixed_rows,
              "sequences that decode together at several of the levels");
@@ -339,6 +344,8 @@ absl::StatusOr<BenchReport> RunAll(const std::string& directory, const BenchFlag
   }
   NESTOR_ASSIGN_OR_RETURN(const KvCacheType kv_cache_type, ParseKvCacheType(flags.kv_cache_type));
   NESTOR_ASSIGN_OR_RETURN(std::unique_ptr<NestedModel> model, NestedModel::Open(directory));
+  const absl::Status added = AddInterpolatedLevels(flags.extra_costs, model.get());
+  if (!added.ok()) return UsageError(absl::StrCat("--extra-cost: ", added.message()));
   NESTOR_ASSIGN_OR_RETURN(const BenchPlan plan, MakePlan(flags, *model));
   NESTOR_ASSIGN_OR_RETURN(const std::optional<SpeculationBenchOptions> speculation,
                           SpeculationOptions(flags, plan));

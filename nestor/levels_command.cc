@@ -31,6 +31,7 @@ void PrintJson(const v1::GetModelResponse& model) {
                             {"relative_cost", level.relative_cost()},
                             {"relative_flops", level.relative_flops()},
                             {"quality", level.quality()},
+                            {"interpolated", level.interpolated()},
                             {"tokens_per_second", NullIfZero(level.tokens_per_second())},
                             {"weight_bytes", level.weight_bytes()},
                             {"flops_per_token", level.flops_per_token()}};
@@ -60,8 +61,11 @@ void PrintTable(const v1::GetModelResponse& model) {
                    model.is_encoder() ? "spearman" : "perplexity", "tokens/s"});
   for (const v1::Level& level : model.levels()) {
     table.AddRow(
-        {absl::StrCat(level.level()), level.form(), absl::StrFormat("%.3f", level.relative_cost()),
-         absl::StrFormat("%.3f", level.relative_flops()), absl::StrFormat("%.3f", level.quality()),
+        {absl::StrCat(level.level()),
+         absl::StrCat(level.form(), level.interpolated() ? ", interpolated" : ""),
+         absl::StrFormat("%.3f", level.relative_cost()),
+         absl::StrFormat("%.3f", level.relative_flops()),
+         absl::StrFormat("%s%.3f", level.interpolated() ? "~" : "", level.quality()),
          model.is_encoder() ? DashIfZero(level.spearman(), 4) : DashIfZero(level.perplexity(), 2),
          DashIfZero(level.tokens_per_second(), 1)});
   }
@@ -76,7 +80,9 @@ absl::Status RunLevels(const std::vector<std::string>& arguments) {
   Flags flags(
       "nestor levels [flags]\n\n"
       "Prints the levels of the daemon's model, with the quality measured at compression and the\n"
-      "speed measured on its device: one sequence decoding, or a batch for an encoder.",
+      "speed measured on its device: one sequence decoding, or a batch for an encoder. The quality "
+      "of\n"
+      "an interpolated level, ~, is an estimate.",
       "nestor levels --server 127.0.0.1:50051");
   AddConnectionFlags(&flags, &connection_flags);
   flags.Add("json", &json, "one object on stdout");

@@ -15,6 +15,7 @@
 #include "base/json_log.h"
 #include "base/status_macros.h"
 #include "engine/engine.h"
+#include "engine/interpolate.h"
 #include "engine/nested_model.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "server/config/server_config.h"
@@ -113,9 +114,17 @@ int64_t KvCacheBytes(const ServerConfig& config) {
                                           : AvailableMemoryBytes() / 4;
 }
 
+// Before anything is laid out for them.
+absl::Status AddExtraLevels(const ServerConfig& config, NestedModel* model) {
+  const absl::Status added = AddInterpolatedLevels(config.engine_extra_costs, model);
+  if (added.ok()) return added;
+  return absl::Status(added.code(), absl::StrCat("engine.extra_costs: ", added.message()));
+}
+
 absl::StatusOr<std::unique_ptr<Engine>> LoadEngine(const ServerConfig& config) {
   NESTOR_ASSIGN_OR_RETURN(std::unique_ptr<NestedModel> model,
                           NestedModel::Open(config.model_directory));
+  NESTOR_RETURN_IF_ERROR(AddExtraLevels(config, model.get()));
   NESTOR_ASSIGN_OR_RETURN(std::unique_ptr<Backend> backend,
                           MakeCpuBackend({.num_threads = static_cast<int>(config.device_threads),
                                           .pin_threads = config.device_pin_threads,
@@ -149,6 +158,7 @@ void AnnounceReady(const Server& server) {
     levels.push_back({{"form", level.form},
                       {"relative_cost", level.relative_cost},
                       {"quality", level.quality},
+                      {"interpolated", level.is_interpolated},
                       {"tokens_per_second", level.tokens_per_second}});
   }
   LogEvent(LogSeverity::kInfo, "serving",

@@ -24,6 +24,7 @@ ServedLevel DescribeLevel(const Level& level) {
   served.relative_cost = level.relative_cost;
   served.relative_flops = level.relative_flops;
   served.quality = level.metrics.quality;
+  served.is_interpolated = level.is_interpolated;
   served.perplexity = level.metrics.perplexity.value_or(0);
   served.spearman = level.metrics.spearman.value_or(0);
   served.weight_bytes = level.cost.weight_bytes;

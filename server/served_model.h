@@ -14,6 +14,7 @@ struct ServedLevel {
   double relative_cost = 1;
   double relative_flops = 1;
   double quality = 1;
+  bool is_interpolated = false;  // between the artifact's levels; its quality is an estimate
   double perplexity = 0;  // 0: not measured
   double spearman = 0;    // 0: not measured
   int64_t weight_bytes = 0;

@@ -8,6 +8,7 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "absl/strings/str_split.h"
 #include "base/status_macros.h"
 #include "yaml-cpp/yaml.h"
 
@@ -30,6 +31,11 @@ struct Text {
   std::string ServerConfig::*member;
 };
 
+// A list of texts; on the command line with commas between them.
+struct Texts {
+  std::vector<std::string> ServerConfig::*member;
+};
+
 // One of some words.
 struct Choice {
   std::string ServerConfig::*member;
@@ -43,7 +49,7 @@ struct Switch {
 struct Field {
   const char* group;
   const char* key;
-  std::variant<Integer, Address, Text, Choice, Switch> value;
+  std::variant<Integer, Address, Text, Texts, Choice, Switch> value;
   std::string path() const { return absl::StrCat(group, ".", key); }
 };
 
@@ -73,6 +79,7 @@ const std::vector<Field>& Fields() {
       {"engine", "kv_cache_bytes", Integer{&C::engine_kv_cache_bytes, 0, kGigabyte << 14}},
       {"engine", "kv_cache_type", Choice{&C::engine_kv_cache_type, {"bf16", "fp32"}}},
       {"engine", "page_size", Integer{&C::engine_page_size, 1, 1024}},
+      {"engine", "extra_costs", Texts{&C::engine_extra_costs}},
       {"scheduler", "max_queue", Integer{&C::scheduler_max_queue, 1, 1 << 20}},
       {"scheduler", "prefill_chunk", Integer{&C::scheduler_prefill_chunk, 1, 65536}},
       {"scheduler", "default_priority", Integer{&C::scheduler_default_priority, 1, 1000000}},
@@ -89,6 +96,11 @@ const Field* FindField(const std::string& path) {
     if (field.path() == path) return &field;
   }
   return nullptr;
+}
+
+bool IsList(const std::string& path) {
+  const Field* field = FindField(path);
+  return field != nullptr && std::holds_alternative<Texts>(field->value);
 }
 
 bool IsAddress(const std::string& text) {
@@ -116,6 +128,8 @@ std::optional<std::string> Set(const Field& field, const std::string& text, Serv
       return absl::StrCat(field.path(), ": must be true or false; was '", text, "'");
     }
     config->*(toggle->member) = text == "true";
+  } else if (const auto* texts = std::get_if<Texts>(&field.value)) {
+    config->*(texts->member) = absl::StrSplit(text, ',', absl::SkipEmpty());
   } else {
     config->*(std::get<Text>(field.value).member) = text;
   }
@@ -186,6 +200,11 @@ absl::StatusOr<Entries> ReadYaml(const std::string& text, const std::string& sou
       }
       for (const auto& entry : group.second) {
         const std::string path = absl::StrCat(name, ".", entry.first.as<std::string>());
+        if (entry.second.IsSequence() && IsList(path)) {
+          const auto items = entry.second.as<std::vector<std::string>>();
+          entries.emplace_back(path, absl::StrJoin(items, ","));
+          continue;
+        }
         if (!entry.second.IsScalar()) {
           violations->push_back(absl::StrCat(path, ": must be a single value"));
           continue;
@@ -244,6 +263,8 @@ nlohmann::ordered_json ToJson(const ServerConfig& config) {
       json[field.path()] = config.*(choice->member);
     } else if (const auto* toggle = std::get_if<Switch>(&field.value)) {
       json[field.path()] = config.*(toggle->member);
+    } else if (const auto* texts = std::get_if<Texts>(&field.value)) {
+      json[field.path()] = config.*(texts->member);
     } else {
       json[field.path()] = config.*(std::get<Text>(field.value).member);
     }

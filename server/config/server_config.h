@@ -31,6 +31,7 @@ struct ServerConfig {
   int64_t engine_kv_cache_bytes = 1073741824;
   std::string engine_kv_cache_type = "bf16";
   int64_t engine_page_size = 16;
+  std::vector<std::string> engine_extra_costs;
   int64_t scheduler_max_queue = 256;
   int64_t scheduler_prefill_chunk = 128;
   int64_t scheduler_default_priority = 10;

@@ -129,7 +129,8 @@ Metrics::Metrics(const ServedModel& model)
              {{"level", name},
               {"form", model.levels[level].form},
               {"relative_cost", absl::StrCat(model.levels[level].relative_cost)},
-              {"quality", absl::StrCat(model.levels[level].quality)}})
+              {"quality", absl::StrCat(model.levels[level].quality)},
+              {"interpolated", model.levels[level].is_interpolated ? "true" : "false"}})
         ->Set(1);
   }
   for (const auto& [reason, name] : kFinishReasons) {

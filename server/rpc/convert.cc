@@ -104,6 +104,7 @@ void ModelToProto(const ServedModel& model, v1::GetModelResponse* proto) {
     out->set_relative_cost(level.relative_cost);
     out->set_relative_flops(level.relative_flops);
     out->set_quality(level.quality);
+    out->set_interpolated(level.is_interpolated);
     out->set_perplexity(level.perplexity);
     out->set_spearman(level.spearman);
     out->set_tokens_per_second(level.tokens_per_second);

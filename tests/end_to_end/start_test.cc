@@ -73,6 +73,42 @@ class StartTest : public ::testing::Test {
 };
 TemporaryDirectory* StartTest::directory_ = nullptr;
 
+TEST_F(StartTest, AnExtraCostServesLikeAnyLevelAndIsMarked) {
+  const auto daemon = Daemon::Start(artifact_, {"engine.extra_costs=0.95"});
+  ASSERT_TRUE(daemon.ok()) << daemon.status();
+  const ProgramResult table = (*daemon)->Run({"levels"});
+  EXPECT_THAT(table.out, HasSubstr("residual, interpolated"));
+  const auto levels =
+      nlohmann::json::parse((*daemon)->Run({"levels", "--json"}).out, nullptr, false)["levels"];
+  int found = 0;
+  for (size_t i = 0; i + 1 < levels.size(); ++i) {
+    if (levels[i]["interpolated"] == false) continue;
+    ++found;
+    EXPECT_GT(levels[i]["relative_cost"], 0.9);
+    EXPECT_LE(levels[i]["relative_cost"], 0.95);
+    EXPECT_EQ(levels[i]["perplexity"], nullptr);
+    EXPECT_GT(levels[i]["tokens_per_second"], 0);
+    const ProgramResult reply =
+        (*daemon)->Run({"generate", "Once", "--level", std::to_string(i), "--max-tokens", "4",
+                        "--ignore-eos", "--speculate=false", "--json"});
+    ASSERT_EQ(reply.exit_code, 0) << reply.err;
+    const auto usage = nlohmann::json::parse(reply.out)["usage"];
+    EXPECT_EQ(usage["completion_levels"], nlohmann::json({{{"level", i}, {"tokens", 4}}}));
+    EXPECT_NEAR(usage["expected_quality"], levels[i]["quality"], 1e-9);
+  }
+  EXPECT_EQ(found, 1);
+}
+
+TEST_F(StartTest, AnExtraCostThatCannotBeIsNamed) {
+  const auto failure = [&](const std::string& costs) {
+    return FailureOf({"--model", artifact_, "--listen", "127.0.0.1:0", "--set",
+                      "metrics.listen=", "--set", "engine.extra_costs=" + costs});
+  };
+  EXPECT_THAT(failure("1.5"), HasSubstr("engine.extra_costs: must be a share in (0, 1)"));
+  EXPECT_THAT(failure("0.01"), HasSubstr("engine.extra_costs: residual:0.01: must be between"));
+  EXPECT_THAT(failure("0.9,0.9"), HasSubstr("residual:0.9: is there twice"));
+}
+
 TEST_F(StartTest, ABusyPortIsNamed) {
   const TakenPort taken;
   const std::string address = absl::StrCat("127.0.0.1:", taken.port());

@@ -8,6 +8,7 @@ namespace nestor {
 namespace {
 
 using ::testing::AllOf;
+using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 
 std::string ErrorOf(const std::string& text) {
@@ -80,6 +81,17 @@ TEST(ServerConfigTest, TheTypeOfTheCacheIsOneOfTwo) {
   EXPECT_EQ(config->engine_kv_cache_type, "fp32");
   EXPECT_THAT(ErrorOf("engine: {kv_cache_type: fp16}"),
               HasSubstr("engine.kv_cache_type: must be bf16 or fp32; was 'fp16'"));
+}
+
+TEST(ServerConfigTest, ExtraCostsAreAListThatACommandLineSeparatesByCommas) {
+  EXPECT_TRUE(ServerConfig().engine_extra_costs.empty());
+  auto config = ParseConfig("engine: {extra_costs: [0.65, 'prefix:0.72']}", "test.yaml");
+  ASSERT_TRUE(config.ok()) << config.status();
+  EXPECT_THAT(config->engine_extra_costs, ElementsAre("0.65", "prefix:0.72"));
+  ASSERT_TRUE(OverrideConfig({{"engine.extra_costs", "residual:0.6,0.7"}}, &*config).ok());
+  EXPECT_THAT(config->engine_extra_costs, ElementsAre("residual:0.6", "0.7"));
+  EXPECT_EQ(ToJson(*config)["engine.extra_costs"].dump(), R"(["residual:0.6","0.7"])");
+  EXPECT_THAT(ErrorOf("engine: {extra_costs: {a: 1}}"), HasSubstr("must be a single value"));
 }
 
 TEST(ServerConfigTest, KeysThatContradictEachOtherAreReported) {
