@@ -51,6 +51,12 @@ std::vector<OtherTensor> OtherTensorsOf(const ModelSpec& spec) {
     }
   }
   add_norm(spec.final_norm);
+  if (spec.is_classifier()) {
+    for (const std::string& stem : {spec.classifier.pooler, spec.classifier.output}) {
+      tensors.push_back({stem + ".weight"});
+      tensors.push_back({stem + ".bias"});
+    }
+  }
   return tensors;
 }
 

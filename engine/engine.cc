@@ -134,7 +134,7 @@ class TransformerEngine final : public Engine {
   // The rows of the step in hand; kept so that a steady step does not allocate.
   std::vector<LevelRaiser::Entry> executed_;  // entry by entry of the plan
   std::vector<size_t> entry_order_;
-  std::vector<int32_t> tokens_, positions_;
+  std::vector<int32_t> tokens_, positions_, types_;
   std::vector<SequenceRows> sequence_rows_;  // in row order
   std::vector<size_t> entry_of_sequence_rows_;
   std::vector<LevelRun> runs_, output_runs_;
@@ -157,12 +157,14 @@ void TransformerEngine::ReserveScratch() {
   entry_of_sequence_rows_.reserve(sequences);
   tokens_.reserve(rows);
   positions_.reserve(rows);
+  types_.reserve(rows);
   outputs_.reserve(rows);
   output_rows_.reserve(kMaxOutputRows);
   runs_.reserve(levels);
   output_runs_.reserve(levels);
   const ModelSpec& spec = model_->spec();
-  values_.reserve(sequences * static_cast<size_t>(has_cache() ? spec.vocabulary : spec.hidden));
+  values_.reserve(sequences *
+                  static_cast<size_t>(has_cache() ? spec.vocabulary : spec.output_size()));
 }
 
 absl::Status TransformerEngine::Load() {
@@ -276,6 +278,9 @@ absl::Status TransformerEngine::ValidateEntry(const StepEntry& entry) const {
                                                      entry.tokens[i]));
     }
   }
+  if (entry.second_text < entry.tokens.size() && model_->spec().num_token_types < 2) {
+    return absl::InvalidArgumentError("second text: the model tells no second text from a first");
+  }
   const bool wants_embedding = entry.output == StepEntry::Output::kEmbedding;
   if (wants_embedding == has_cache() && entry.output != StepEntry::Output::kNone) {
     return absl::InvalidArgumentError(has_cache() ? "embeddings: the model is no encoder"
@@ -338,6 +343,7 @@ void TransformerEngine::LayOutRows(const StepPlan& plan) {
   });
   tokens_.clear();
   positions_.clear();
+  types_.clear();
   sequence_rows_.clear();
   entry_of_sequence_rows_.clear();
   runs_.clear();
@@ -351,6 +357,7 @@ void TransformerEngine::LayOutRows(const StepPlan& plan) {
     tokens_.insert(tokens_.end(), entry.tokens.begin(), entry.tokens.end());
     for (int64_t i = 0; i < count; ++i) {
       positions_.push_back(static_cast<int32_t>(sequence.length + i));
+      types_.push_back(static_cast<size_t>(i) >= entry.second_text ? 1 : 0);
     }
     sequence_rows_.push_back({begin, count, sequence.length, sequence.pages});
     entry_of_sequence_rows_.push_back(index);
@@ -444,18 +451,18 @@ void TransformerEngine::DeliverChunk(const StepPlan& plan, std::span<const Outpu
 }
 
 void TransformerEngine::DeliverEmbeddings(const StepPlan& plan, StepResult* result) {
-  const size_t hidden = static_cast<size_t>(model_->spec().hidden);
-  values_.resize(plan.entries.size() * hidden);
+  const auto width = static_cast<size_t>(model_->spec().output_size());
+  values_.resize(plan.entries.size() * width);
   for (size_t begin = 0; begin < sequence_rows_.size(); begin += kMaxOutputRows) {
     const size_t count = std::min<size_t>(kMaxOutputRows, sequence_rows_.size() - begin);
     transformer_->Pool(std::span(sequence_rows_).subspan(begin, count),
-                       values_.data() + begin * hidden);
+                       values_.data() + begin * width);
   }
   for (size_t i = 0; i < sequence_rows_.size(); ++i) {
     const size_t index = entry_of_sequence_rows_[i];
     if (plan.entries[index].output != StepEntry::Output::kEmbedding) continue;
     StepResult::Entry& entry = result->entries[index];
-    entry.values = std::span(values_).subspan(i * hidden, hidden);
+    entry.values = std::span(values_).subspan(i * width, width);
     if (!IsFinite(entry.values)) entry.status = NonFiniteError();
   }
 }
@@ -465,8 +472,11 @@ absl::Status TransformerEngine::Step(const StepPlan& plan, StepResult* result) {
   ChooseLevels(plan);
   LayOutRows(plan);
   const LinearCost before = backend_->executed();
-  transformer_->Forward(
-      {.tokens = tokens_, .positions = positions_, .sequences = sequence_rows_, .runs = runs_});
+  transformer_->Forward({.tokens = tokens_,
+                         .positions = positions_,
+                         .types = types_,
+                         .sequences = sequence_rows_,
+                         .runs = runs_});
   result->entries.resize(plan.entries.size());
   for (size_t i = 0; i < plan.entries.size(); ++i) {
     result->entries[i] = {.executed_level = executed_[i].level};

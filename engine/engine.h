@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <span>
@@ -26,7 +27,7 @@ struct StepEntry {
     kLastLogits,        // logits after the last token: sample from them
     kAllLogits,         // logits after every token: verify a draft
     kLogProbabilities,  // of `targets` after each token (Score)
-    kEmbedding,         // encoders: the pooled rows
+    kEmbedding,         // encoders: the pooled rows; of a classifier the labels' logits
   };
   SequenceId sequence = 0;
   std::span<const int32_t> tokens;
@@ -37,6 +38,8 @@ struct StepEntry {
   Output output = Output::kNone;
   // kLogProbabilities: targets[i] is what follows tokens[i]; -1 leaves that row unscored.
   std::span<const int32_t> targets;
+  // Encoders: tokens from this one on are a pair's second text, which has a token type of its own.
+  size_t second_text = std::numeric_limits<size_t>::max();
 };
 
 // One forward pass: rows of several sequences at several levels.
@@ -48,7 +51,7 @@ struct StepPlan {
 struct StepResult {
   struct Entry {
     int executed_level = 0;
-    // Logits [vocabulary], kAllLogits [tokens, vocabulary], or the embedding [hidden].
+    // Logits [vocabulary], kAllLogits [tokens, vocabulary], or ModelSpec::output_size() values.
     std::span<const float> values;
     std::span<const double> log_probabilities;  // [tokens]; 0 where unscored
     absl::Status status;  // not OK: this sequence failed (non-finite activations); others go on

@@ -295,6 +295,7 @@ absl::StatusOr<ModelSpec> ReadBert(const ConfigFile& config) {
   spec.has_qkv_bias = true;
   spec.has_attention_out_bias = true;
   spec.has_mlp_bias = true;
+  NESTOR_ASSIGN_OR_RETURN(spec.num_token_types, config.CountOr("type_vocab_size", 2));
   spec.embeddings = {.token = "embeddings.word_embeddings.weight",
                      .position = "embeddings.position_embeddings.weight",
                      .type = "embeddings.token_type_embeddings.weight",
@@ -308,6 +309,37 @@ absl::StatusOr<ModelSpec> ReadBert(const ConfigFile& config) {
                 .down = "encoder.layer.{}.output.dense",
                 .attention_norm = "encoder.layer.{}.attention.output.LayerNorm",
                 .mlp_norm = "encoder.layer.{}.output.LayerNorm"};
+  return spec;
+}
+
+// The names of the classes, by number; without any there are two, as in transformers.
+absl::StatusOr<std::vector<std::string>> ReadLabels(const ConfigFile& config) {
+  if (!config.Has("id2label")) return std::vector<std::string>{"LABEL_0", "LABEL_1"};
+  NESTOR_ASSIGN_OR_RETURN(const ConfigFile names, config.Section("id2label"));
+  std::vector<std::string> labels;
+  for (size_t i = 0; i < names.json().size(); ++i) {
+    const std::string number = absl::StrCat(i);
+    NESTOR_ASSIGN_OR_RETURN(labels.emplace_back(), names.StringOr(number.c_str(), ""));
+    if (labels.back().empty()) return names.Error(number.c_str(), "expected the label's name");
+  }
+  return labels;
+}
+
+absl::StatusOr<ModelSpec> ReadBertClassifier(const ConfigFile& config) {
+  NESTOR_ASSIGN_OR_RETURN(ModelSpec spec, ReadBert(config));
+  NESTOR_ASSIGN_OR_RETURN(const std::string problem,
+                          config.StringOr("problem_type", "single_label_classification"));
+  if (problem != "single_label_classification") {
+    return config.NotSupported("problem_type", "single_label_classification");
+  }
+  spec.pooling = PoolingKind::kCls;
+  spec.normalises_embedding = false;
+  spec.optional_prefix = "bert.";
+  spec.classifier = {.pooler = "pooler.dense", .output = "classifier", .labels = {}};
+  NESTOR_ASSIGN_OR_RETURN(spec.classifier.labels, ReadLabels(config));
+  // One label is a regression.
+  if (spec.classifier.labels.size() < 2)
+    return config.NotSupported("id2label", "two labels or more");
   return spec;
 }
 
@@ -370,11 +402,10 @@ struct Architecture {
   absl::StatusOr<ModelSpec> (*read)(const ConfigFile& config);
 };
 
-constexpr Architecture kArchitectures[] = {{"LlamaForCausalLM", ReadLlama},
-                                           {"Qwen2ForCausalLM", ReadQwen2},
-                                           {"Qwen3ForCausalLM", ReadQwen3},
-                                           {"GPT2LMHeadModel", ReadGpt2},
-                                           {"BertModel", ReadBert}};
+constexpr Architecture kArchitectures[] = {
+    {"LlamaForCausalLM", ReadLlama}, {"Qwen2ForCausalLM", ReadQwen2},
+    {"Qwen3ForCausalLM", ReadQwen3}, {"GPT2LMHeadModel", ReadGpt2},
+    {"BertModel", ReadBert},         {"BertForSequenceClassification", ReadBertClassifier}};
 
 std::string NamesOfArchitectures() {
   return absl::StrJoin(
@@ -411,8 +442,11 @@ absl::StatusOr<ModelSpec> ReadModelSpec(const std::string& directory) {
   }
   NESTOR_ASSIGN_OR_RETURN(ModelSpec spec, architecture->read(config));
   spec.architecture = name;
-  NESTOR_RETURN_IF_ERROR(spec.is_encoder() ? ReadPooling(directory, &spec)
-                                           : ReadEndTokens(directory, config, &spec));
+  if (!spec.is_encoder()) {
+    NESTOR_RETURN_IF_ERROR(ReadEndTokens(directory, config, &spec));
+  } else if (!spec.is_classifier()) {
+    NESTOR_RETURN_IF_ERROR(ReadPooling(directory, &spec));
+  }
   return spec;
 }
 

@@ -59,6 +59,13 @@ struct RopeScaling {
   double high_frequency_factor = 1;
 };
 
+// The head of a sequence classifier (engine/classifier.h).
+struct ClassifierSpec {
+  // Names of its layers without ".weight" and ".bias".
+  std::string pooler, output;
+  std::vector<std::string> labels;  // by class; empty: the model is no classifier
+};
+
 // A transformer described by data: what config.json says, in the engine's own terms. New
 // architectures are new ways to fill this in (model_spec.cc), not new classes.
 struct ModelSpec {
@@ -96,10 +103,17 @@ struct ModelSpec {
   // Encoders, from sentence-transformers' files beside the checkpoint.
   PoolingKind pooling = PoolingKind::kMean;
   bool normalises_embedding = true;
+  int64_t num_token_types = 0;  // 2 and more: a second text can be told apart from the first
+  ClassifierSpec classifier;
 
   std::vector<int32_t> end_tokens;  // generation stops at any of them
 
   bool is_encoder() const { return !causal; }
+  bool is_classifier() const { return !classifier.labels.empty(); }
+  // Values that an encoder yields for a text: its embedding, or a logit for each label.
+  int64_t output_size() const {
+    return is_classifier() ? static_cast<int64_t>(classifier.labels.size()) : hidden;
+  }
 };
 
 // Reads config.json (as transformers 4 and 5 write it), generation_config.json and the pooling

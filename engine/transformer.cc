@@ -81,13 +81,16 @@ absl::Status Transformer::LoadEmbeddings() {
     NESTOR_ASSIGN_OR_RETURN(position_table_, LoadTable(names.position, spec.context_length));
   }
   if (!names.type.empty()) {
-    NESTOR_ASSIGN_OR_RETURN(type_table_, LoadTable(names.type, 1));
+    NESTOR_ASSIGN_OR_RETURN(type_table_, LoadTable(names.type, spec.num_token_types));
   }
   if (!names.norm.empty()) {
     NESTOR_ASSIGN_OR_RETURN(embedding_norm_, LoadNorm(names.norm, spec.hidden));
   }
   if (!spec.final_norm.empty()) {
     NESTOR_ASSIGN_OR_RETURN(final_norm_, LoadNorm(spec.final_norm, spec.hidden));
+  }
+  if (spec.is_classifier()) {
+    NESTOR_ASSIGN_OR_RETURN(classifier_, Classifier::Load(*model_));
   }
   if (spec.rope_theta > 0) {
     NESTOR_ASSIGN_OR_RETURN(inverse_frequencies_, backend_->LoadVector(InverseFrequencies(spec)));
@@ -155,7 +158,6 @@ absl::Status Transformer::AllocateTensors(int64_t max_rows, int64_t max_output_r
     NESTOR_ASSIGN_OR_RETURN(output_normed_, backend_->Allocate(max_output_rows, spec.hidden));
     NESTOR_ASSIGN_OR_RETURN(output_, backend_->Allocate(max_output_rows, spec.vocabulary));
   }
-  zeros_.assign(static_cast<size_t>(max_rows), 0);
   // At most three layers share an input, and a step has a run for every level.
   groups_.reserve(3 * model_->levels().size());
   return absl::OkStatus();
@@ -232,10 +234,8 @@ void Transformer::Embed(const StepRows& step) {
   }
   const int64_t rows = static_cast<int64_t>(step.tokens.size());
   if (type_table_ != kNone) {
-    backend_->Embed({.table = type_table_,
-                     .ids = std::span(zeros_).first(step.tokens.size()),
-                     .add_to_output = true,
-                     .out = hidden_});
+    backend_->Embed(
+        {.table = type_table_, .ids = step.types, .add_to_output = true, .out = hidden_});
   }
   if (embedding_norm_.gain != kNone) Normalise(embedding_norm_, hidden_, hidden_, rows);
 }
@@ -325,7 +325,14 @@ void Transformer::Pool(std::span<const SequenceRows> sequences, float* out) {
                   .in = hidden_,
                   .out = output_hidden_,
                   .sequences = sequences});
-  backend_->Read(output_hidden_, 0, static_cast<int64_t>(sequences.size()), out);
+  const auto rows = static_cast<int64_t>(sequences.size());
+  if (classifier_ == nullptr) {
+    backend_->Read(output_hidden_, 0, rows, out);
+    return;
+  }
+  pooled_.resize(static_cast<size_t>(rows * model_->spec().hidden));
+  backend_->Read(output_hidden_, 0, rows, pooled_.data());
+  classifier_->Logits(pooled_, rows, out);
 }
 
 }  // namespace nestor

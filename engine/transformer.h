@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "engine/classifier.h"
 #include "engine/engine.h"
 #include "engine/nested_model.h"
 #include "kernels/backend.h"
@@ -23,6 +24,7 @@ struct LevelRun {
 struct StepRows {
   std::span<const int32_t> tokens;
   std::span<const int32_t> positions;
+  std::span<const int32_t> types;  // of tokens; read where the model has a table of them
   std::span<const SequenceRows> sequences;
   std::span<const LevelRun> runs;
 };
@@ -42,7 +44,8 @@ class Transformer {
   // Logits [rows.size(), vocabulary] of some rows of the last Forward; `runs` counts in entries of
   // `rows`. REQUIRES: rows.size() <= max_output_rows.
   void Logits(std::span<const int64_t> rows, std::span<const LevelRun> runs, float* out);
-  // The pooled hidden states [sequences.size(), hidden] of the last Forward (encoders).
+  // The pooled hidden states [sequences.size(), hidden] of the last Forward (encoders), or what a
+  // classifier makes of them, [sequences.size(), labels].
   // REQUIRES: sequences.size() <= max_output_rows.
   void Pool(std::span<const SequenceRows> sequences, float* out);
 
@@ -92,6 +95,7 @@ class Transformer {
   std::vector<Block> blocks_;
   int head_ = -1;
   Norm embedding_norm_, final_norm_;
+  std::unique_ptr<Classifier> classifier_;  // null: none
   TableId token_table_ = kNone, position_table_ = kNone, type_table_ = kNone;
   VectorId inverse_frequencies_ = kNone;
 
@@ -102,8 +106,8 @@ class Transformer {
   std::vector<RowGroup> groups_;
   std::vector<size_t> group_begin_;
   std::vector<LinearPart> parts_;
-  std::vector<int32_t> zeros_;
   std::vector<float> observed_;
+  std::vector<float> pooled_;
 };
 
 }  // namespace nestor

@@ -547,6 +547,54 @@ def make_tiny_bert_cls():
     write_bert("tiny_bert_cls", bert_config(hidden=40, mlp=84), torch.bfloat16, "cls", seed=4)
 
 
+def make_tiny_bert_classifier():
+    """Three labels; names with `bert.`, bf16. Texts alone and in pairs, whose token types differ."""
+    directory = DATA / "tiny_bert_classifier"
+    directory.mkdir(parents=True, exist_ok=True)
+    config = bert_config(hidden=40, mlp=84)
+    config.id2label = {0: "contradiction", 1: "neutral", 2: "entailment"}
+    config.label2id = {label: number for number, label in config.id2label.items()}
+    model = transformers.BertForSequenceClassification(config).eval()
+    randomise(model, torch.bfloat16, torch.Generator().manual_seed(12))
+    save_file(
+        stored_tensors(model, torch.bfloat16), directory / "model.safetensors", {"format": "pt"}
+    )
+    stored = {**config.to_diff_dict(), "architectures": ["BertForSequenceClassification"]}
+    stored["model_type"] = "bert"
+    stored["hidden_act"] = config.hidden_act
+    stored.pop("dtype", None)
+    stored["torch_dtype"] = "bfloat16"
+    write_json(directory / "config.json", stored)
+    write_json(directory / "tokenizer.json", character_word_pieces())
+    write_json(
+        directory / "tokenizer_config.json",
+        {"tokenizer_class": "BertTokenizer", "do_lower_case": True},
+    )
+
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        directory, dtype=torch.float32
+    ).eval()
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    texts = [["The willow, bending."], ["42 owls?", "a few"], ["a"], ["no", "The willow bends."]]
+    ids, second, logits = [], [], []
+    for pair in texts:
+        parts = [tokenizer.encode(text).ids for text in pair]
+        # [CLS] first [SEP] second [SEP], of types 0 and 1.
+        sequence = parts[0] + (parts[1][1:] if len(parts) > 1 else [])
+        types = [0] * len(parts[0]) + [1] * (len(sequence) - len(parts[0]))
+        with torch.no_grad():
+            output = model.double()(
+                torch.tensor([sequence]), token_type_ids=torch.tensor([types])
+            ).logits[0]
+        ids.append(sequence)
+        second.append(len(parts[0]))
+        logits.append(rounded(output))
+    write_json(
+        directory / "expected.json",
+        {"texts": texts, "input_ids": ids, "second_text": second, "label_logits": logits},
+    )
+
+
 def greedy(model, ids, count):
     """`count` most likely tokens, and the smallest lead that any of them had over its second."""
     ids = list(ids)
@@ -610,6 +658,7 @@ FIXTURES = {
     "tiny_gpt2_bare": make_tiny_gpt2_bare,
     "tiny_bert": make_tiny_bert,
     "tiny_bert_cls": make_tiny_bert_cls,
+    "tiny_bert_classifier": make_tiny_bert_classifier,
     "smollm2-135m-instruct": make_smollm2,
     "all-minilm-l6-v2": make_minilm,
 }

@@ -124,6 +124,11 @@ absl::Status AddExtraLevels(const ServerConfig& config, NestedModel* model) {
 absl::StatusOr<std::unique_ptr<Engine>> LoadEngine(const ServerConfig& config) {
   NESTOR_ASSIGN_OR_RETURN(std::unique_ptr<NestedModel> model,
                           NestedModel::Open(config.model_directory));
+  if (model->spec().is_classifier()) {
+    return absl::UnimplementedError(
+        absl::StrCat(config.model_directory, ": ", model->spec().architecture,
+                     " has labels, which no RPC serves; nestor evaluate --labels measures them"));
+  }
   NESTOR_RETURN_IF_ERROR(AddExtraLevels(config, model.get()));
   NESTOR_ASSIGN_OR_RETURN(std::unique_ptr<Backend> backend,
                           MakeCpuBackend({.num_threads = static_cast<int>(config.device_threads),

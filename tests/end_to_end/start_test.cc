@@ -109,6 +109,13 @@ TEST_F(StartTest, AnExtraCostThatCannotBeIsNamed) {
   EXPECT_THAT(failure("0.9,0.9"), HasSubstr("residual:0.9: is there twice"));
 }
 
+TEST_F(StartTest, AClassifierHasNoRpc) {
+  EXPECT_THAT(
+      FailureOf({"--model", NESTOR_SOURCE_DIR "/tests/data/transformers/tiny_bert_classifier",
+                 "--listen", "127.0.0.1:0", "--set", "metrics.listen="}),
+      HasSubstr("BertForSequenceClassification has labels, which no RPC serves"));
+}
+
 TEST_F(StartTest, ABusyPortIsNamed) {
   const TakenPort taken;
   const std::string address = absl::StrCat("127.0.0.1:", taken.port());

@@ -63,6 +63,36 @@ TEST_F(ModelSpecTest, BertIsDescribed) {
   EXPECT_TRUE(LayersOf(*spec)[0].has_bias);
 }
 
+TEST_F(ModelSpecTest, ABertClassifierIsDescribedWithItsLabels) {
+  const std::string path = bert() + "/config.json";
+  const Json bert_config = Json::parse(*ReadFile(path));
+  const auto read = [&](const Json& changes) {
+    Json config = bert_config;
+    config["architectures"] = {"BertForSequenceClassification"};
+    config.update(changes);
+    EXPECT_TRUE(WriteFileAtomically(path, config.dump()).ok());
+    return ReadModelSpec(bert());
+  };
+  auto spec = read({{"id2label", {{"0", "no"}, {"1", "perhaps"}, {"2", "yes"}}}});
+  ASSERT_TRUE(spec.ok()) << spec.status();
+  EXPECT_TRUE(spec->is_encoder());
+  EXPECT_TRUE(spec->is_classifier());
+  EXPECT_THAT(spec->classifier.labels, ElementsAre("no", "perhaps", "yes"));
+  EXPECT_EQ(spec->output_size(), 3);
+  // The stages of sentence-transformers are not its own.
+  EXPECT_EQ(spec->pooling, PoolingKind::kCls);
+  EXPECT_FALSE(spec->normalises_embedding);
+  spec = read(Json::object());
+  ASSERT_TRUE(spec.ok()) << spec.status();
+  EXPECT_THAT(spec->classifier.labels, ElementsAre("LABEL_0", "LABEL_1"));
+  EXPECT_THAT(std::string(read({{"id2label", {{"0", "only"}}}}).status().message()),
+              AllOf(HasSubstr("id2label"), HasSubstr("two labels or more")));
+  EXPECT_THAT(std::string(read({{"id2label", {{"0", "a"}, {"2", "b"}}}}).status().message()),
+              HasSubstr("id2label.1: expected the label's name"));
+  EXPECT_THAT(std::string(read({{"problem_type", "regression"}}).status().message()),
+              HasSubstr("problem_type: \"regression\" is not supported"));
+}
+
 TEST_F(ModelSpecTest, ClsPoolingIsRead) {
   ASSERT_TRUE(
       WriteFileAtomically(bert() + "/1_Pooling/config.json",

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <filesystem>
+#include <limits>
 
 #include "base/file.h"
 #include "engine/engine.h"
@@ -57,10 +58,14 @@ std::vector<float> LogitsAfterPrompt(Engine* engine, const std::vector<int32_t>&
   return {result->entries[0].values.begin(), result->entries[0].values.end()};
 }
 
-std::vector<float> EmbeddingOf(Engine* engine, const std::vector<int32_t>& tokens) {
+// Or a classifier's logits.
+std::vector<float> EmbeddingOf(Engine* engine, const std::vector<int32_t>& tokens,
+                               size_t second_text = std::numeric_limits<size_t>::max()) {
   const SequenceId sequence = *engine->AddSequence(static_cast<int64_t>(tokens.size()));
-  const auto result =
-      engine->Step({{{.sequence = sequence, .tokens = tokens, .output = Output::kEmbedding}}});
+  const auto result = engine->Step({{{.sequence = sequence,
+                                      .tokens = tokens,
+                                      .output = Output::kEmbedding,
+                                      .second_text = second_text}}});
   EXPECT_TRUE(result.ok()) << result.status();
   engine->RemoveSequence(sequence);
   return {result->entries[0].values.begin(), result->entries[0].values.end()};
@@ -101,6 +106,13 @@ TEST_P(TinyFixtureTest, OutputsEqualThoseOfTransformers) {
   const auto engine = MakeEngine(directory, uses_reference);
   for (size_t i = 0; i < expected["input_ids"].size(); ++i) {
     const std::vector<int32_t> tokens = expected["input_ids"][i];
+    if (engine->model().spec().is_classifier()) {
+      const Json& logits = expected["label_logits"][i];
+      ASSERT_EQ(logits.size(), engine->model().spec().classifier.labels.size());
+      ExpectNear(EmbeddingOf(engine.get(), tokens, expected["second_text"][i].get<size_t>()),
+                 logits, tolerance);
+      continue;
+    }
     if (engine->model().spec().is_encoder()) {
       ExpectNear(EmbeddingOf(engine.get(), tokens), expected["embedding"][i], tolerance);
       continue;
@@ -119,7 +131,7 @@ INSTANTIATE_TEST_SUITE_P(
     ::testing::Combine(::testing::Values("tiny_llama", "tiny_llama_tied", "tiny_llama3_rope",
                                          "tiny_llama_linear_rope", "tiny_qwen2", "tiny_qwen3",
                                          "tiny_gpt2", "tiny_gpt2_bare", "tiny_bert",
-                                         "tiny_bert_cls"),
+                                         "tiny_bert_cls", "tiny_bert_classifier"),
                        ::testing::Bool()),
     [](const auto& test) {
       return std::get<0>(test.param) + (std::get<1>(test.param) ? "_reference" : "_cpu");
