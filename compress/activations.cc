@@ -161,6 +161,17 @@ absl::StatusOr<std::vector<double>> ActivationProbe::OutputsOf(
   const int level = rounds_full ? full : std::max(0, full - 1);
   NESTOR_ASSIGN_OR_RETURN(const std::unique_ptr<Engine> engine,
                           OpenEngine(std::move(model), make_backend_, kWindowTokens, kStepRows));
+  if (engine->model().spec().is_classifier()) {
+    Progress progress("Measuring activations", CountTokens(sequences_));
+    NESTOR_ASSIGN_OR_RETURN(const std::vector<std::vector<float>> logits,
+                            EmbedSentences(engine.get(), sequences_, level, &progress));
+    std::vector<double> outputs;
+    for (const std::vector<float>& of_text : logits) {
+      const std::vector<double> values = LabelLogProbabilities(of_text);
+      outputs.insert(outputs.end(), values.begin(), values.end());
+    }
+    return outputs;
+  }
   if (is_encoder_) {
     const EvaluationSet set = SplicedPairs(sequences_);
     Progress progress("Measuring activations", MeasuredTokens(set));

@@ -48,7 +48,7 @@ std::string FloatLayers(const std::vector<LinearSpec>& layers, const std::vector
 // divergence, half the mean squared difference of log-probabilities: what the ratio of
 // perplexities that evaluation calls quality loses on text that the model expects, without the
 // noise of either sign that a ratio over as little text would have. Of an encoder it is 1 less
-// the Spearman correlation of similarities.
+// the Spearman correlation of similarities, of a classifier that of its labels' log-probabilities.
 class ActivationProbe {
  public:
   using ModelFactory = std::function<absl::StatusOr<std::unique_ptr<NestedModel>>()>;
@@ -61,7 +61,8 @@ class ActivationProbe {
   absl::StatusOr<double> Loss(const std::vector<bool>& is_float);
 
  private:
-  // A log-probability for each token but the first of a window, or a similarity for each pair.
+  // A log-probability for each token but the first of a window or for each label of a text, or a
+  // similarity for each pair.
   absl::StatusOr<std::vector<double>> OutputsOf(const std::vector<bool>& is_float) const;
 
   const ModelFactory open_model_;

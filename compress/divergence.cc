@@ -1,6 +1,7 @@
 #include "compress/divergence.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "base/status_macros.h"
 #include "compress/forward.h"
@@ -33,7 +34,29 @@ double SimilarityDivergence(const Outputs& a, const Outputs& b) {
   return std::max(0.0, sum_of_squares / pairs - mean * mean);
 }
 
+double LabelDivergence(const Outputs& a, const Outputs& b) {
+  double sum = 0;
+  for (size_t i = 0; i < a.size(); ++i) {
+    const std::vector<double> of_a = LabelLogProbabilities(a[i]);
+    const std::vector<double> of_b = LabelLogProbabilities(b[i]);
+    for (size_t label = 0; label < of_a.size(); ++label) {
+      const double difference = of_a[label] - of_b[label];
+      sum += 0.5 * std::exp(of_a[label]) * difference * difference;
+    }
+  }
+  return sum / static_cast<double>(a.size());
+}
+
 }  // namespace
+
+std::vector<double> LabelLogProbabilities(const std::vector<float>& logits) {
+  const double highest = *std::max_element(logits.begin(), logits.end());
+  double sum = 0;
+  for (const float logit : logits) sum += std::exp(logit - highest);
+  std::vector<double> result;
+  for (const float logit : logits) result.push_back(logit - highest - std::log(sum));
+  return result;
+}
 
 absl::StatusOr<Outputs> OutputsAt(Engine* engine, const TokenSequences& sequences, int level,
                                   Progress* progress) {
@@ -51,6 +74,7 @@ absl::StatusOr<Outputs> OutputsAt(Engine* engine, const TokenSequences& sequence
 }
 
 double DivergenceOf(const ModelSpec& spec, const Outputs& a, const Outputs& b) {
+  if (spec.is_classifier()) return LabelDivergence(a, b);
   return spec.is_encoder() ? SimilarityDivergence(a, b) : LogProbabilityDivergence(a, b);
 }
 

@@ -1,6 +1,7 @@
 #include "compress/evaluate.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <numeric>
 #include <random>
@@ -104,6 +105,63 @@ double BootstrapError(std::span<const double> level, std::span<const double> ref
   return std::sqrt(std::max(0.0, sum_of_squares / kBootstrapSamples - mean * mean));
 }
 
+size_t LabelOf(const std::vector<float>& logits) {
+  return static_cast<size_t>(std::max_element(logits.begin(), logits.end()) - logits.begin());
+}
+
+// Texts that get the label `expected` of them.
+std::vector<double> Hits(const std::vector<std::vector<float>>& logits,
+                         const std::vector<size_t>& expected) {
+  std::vector<double> hits;
+  for (size_t i = 0; i < logits.size(); ++i) {
+    hits.push_back(LabelOf(logits[i]) == expected[i] ? 1 : 0);
+  }
+  return hits;
+}
+
+std::vector<size_t> LabelsOf(const std::vector<std::vector<float>>& logits) {
+  std::vector<size_t> labels;
+  for (const std::vector<float>& of_text : logits) labels.push_back(LabelOf(of_text));
+  return labels;
+}
+
+double Mean(const std::vector<double>& values) {
+  return std::accumulate(values.begin(), values.end(), 0.0) / static_cast<double>(values.size());
+}
+
+// Of the mean difference of two series, paired.
+double StandardErrorOfMeanDifference(const std::vector<double>& a, const std::vector<double>& b) {
+  const auto n = static_cast<double>(a.size());
+  if (n < 2) return 0;
+  const double mean = Mean(a) - Mean(b);
+  double variance = 0;
+  for (size_t i = 0; i < a.size(); ++i) {
+    variance += (a[i] - b[i] - mean) * (a[i] - b[i] - mean);
+  }
+  return std::sqrt(variance / (n - 1) / n);
+}
+
+LevelMetrics ClassifierMetrics(const EvaluationSet& set, const Measurement& level,
+                               const Measurement& full, const Measurement* source) {
+  // What texts are held against: their classes, or the labels that another model gives them.
+  const auto hits = [&](const Measurement& measured, const Measurement& reference) {
+    return Hits(measured.logits, set.classes.empty() ? LabelsOf(reference.logits) : set.classes);
+  };
+  const auto ratio = [&](const Measurement& reference) {
+    const double best = Mean(hits(reference, reference));
+    return best > 0 ? Mean(hits(level, reference)) / best : 0;
+  };
+  LevelMetrics metrics;
+  metrics.agreement = Mean(Hits(level.logits, LabelsOf(full.logits)));
+  if (!set.classes.empty()) metrics.accuracy = Mean(Hits(level.logits, set.classes));
+  metrics.quality = ratio(full);
+  const double best = Mean(hits(full, full));
+  metrics.standard_error =
+      best > 0 ? StandardErrorOfMeanDifference(hits(level, full), hits(full, full)) / best : 0;
+  if (source != nullptr) metrics.quality_vs_source = ratio(*source);
+  return metrics;
+}
+
 }  // namespace
 
 EvaluationSet SplicedPairs(const TokenSequences& lines) {
@@ -170,13 +228,25 @@ int64_t MeasuredTokens(const EvaluationSet& set) { return CountTokens(set.sequen
 absl::StatusOr<Measurement> Measure(Engine* engine, int level, const EvaluationSet& set,
                                     Progress* progress) {
   Measurement measurement;
-  if (!engine->model().spec().is_encoder()) {
+  const auto begin = std::chrono::steady_clock::now();
+  const auto stop = [&] {
+    measurement.seconds =
+        std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+  };
+  const ModelSpec& spec = engine->model().spec();
+  if (!spec.is_encoder()) {
     NESTOR_ASSIGN_OR_RETURN(measurement.windows,
                             ScoreWindows(engine, set.sequences, level, progress));
+    stop();
     return measurement;
   }
-  NESTOR_ASSIGN_OR_RETURN(const std::vector<std::vector<float>> embeddings,
-                          EmbedSentences(engine, set.sequences, level, progress));
+  NESTOR_ASSIGN_OR_RETURN(std::vector<std::vector<float>> embeddings,
+                          EmbedSentences(engine, set.sequences, level, progress, set.second_texts));
+  stop();
+  if (spec.is_classifier()) {
+    measurement.logits = std::move(embeddings);
+    return measurement;
+  }
   for (const auto& [first, second] : set.pairs) {
     measurement.similarities.push_back(Cosine(embeddings[first], embeddings[second]));
   }
@@ -200,6 +270,7 @@ double Spearman(std::span<const double> a, std::span<const double> b) {
 
 LevelMetrics MetricsOf(const EvaluationSet& set, const Measurement& level, const Measurement& full,
                        const Measurement* source) {
+  if (!level.logits.empty()) return ClassifierMetrics(set, level, full, source);
   LevelMetrics metrics;
   if (!level.windows.empty()) {
     metrics.perplexity = Perplexity(level.windows);
@@ -234,6 +305,8 @@ absl::StatusOr<std::vector<LevelMetrics>> EvaluateLevels(Engine* engine, const E
   std::vector<LevelMetrics> metrics;
   for (const Measurement& measurement : measurements) {
     metrics.push_back(MetricsOf(set, measurement, measurements.back(), source));
+    metrics.back().seconds_per_token =
+        measurement.seconds / static_cast<double>(MeasuredTokens(set));
   }
   return metrics;
 }

@@ -14,11 +14,14 @@
 namespace nestor {
 
 // What levels are measured on: windows for a language model; for an encoder sentences, pairs of
-// them, and labels of the pairs where there are any.
+// them, and labels of the pairs where there are any; for a classifier texts, and their classes
+// where they are known.
 struct EvaluationSet {
   TokenSequences sequences;
   std::vector<std::pair<size_t, size_t>> pairs;
-  std::vector<double> labels;  // parallel to `pairs`, or empty
+  std::vector<double> labels;        // parallel to `pairs`, or empty
+  std::vector<size_t> classes;       // parallel to `sequences`, or empty
+  std::vector<size_t> second_texts;  // StepEntry::second_text; parallel to `sequences`, or empty
 };
 
 // Pairs of every similarity, without labels: every other line with a splice of its beginning and
@@ -32,8 +35,10 @@ absl::StatusOr<EvaluationSet> ReadLabelledPairs(const std::string& path, const T
 
 // What one level did on the set.
 struct Measurement {
-  std::vector<WindowScore> windows;  // language models
-  std::vector<double> similarities;  // encoders: cosine of each pair
+  std::vector<WindowScore> windows;             // language models
+  std::vector<double> similarities;             // encoders: cosine of each pair
+  std::vector<std::vector<float>> logits = {};  // classifiers: of each text
+  double seconds = 0;
 };
 absl::StatusOr<Measurement> Measure(Engine* engine, int level, const EvaluationSet& set,
                                     Progress* progress);
@@ -46,8 +51,10 @@ double Spearman(std::span<const double> a, std::span<const double> b);
 
 // Metrics of a level by the definitions of `quality`: perplexity(full) / perplexity(level), or the
 // level's Spearman as ratio to the full level's. Without labels Spearman is to the full level's
-// own similarities. `source` (may be null) is the source checkpoint's measurement. The standard
-// error is that of paired differences between windows, or a bootstrap over pairs (fixed seed).
+// own similarities. Of a classifier's level it is the accuracy as ratio to the full level's, or
+// without classes the share of texts that get the label that the full level gives them. `source`
+// (may be null) is the source checkpoint's measurement. The standard error is that of paired
+// differences between windows, or a bootstrap over pairs (fixed seed).
 LevelMetrics MetricsOf(const EvaluationSet& set, const Measurement& level, const Measurement& full,
                        const Measurement* source);
 

@@ -33,7 +33,8 @@ class ScopedSequence {
 
 // Embeds sentences [begin, end) in one step.
 absl::Status EmbedBatch(Engine* engine, const TokenSequences& sentences, size_t begin, size_t end,
-                        int level, std::vector<std::vector<float>>* embeddings) {
+                        int level, std::span<const size_t> second_texts,
+                        std::vector<std::vector<float>>* embeddings) {
   std::vector<ScopedSequence> batch;
   StepPlan plan;
   for (size_t i = begin; i < end; ++i) {
@@ -44,6 +45,7 @@ absl::Status EmbedBatch(Engine* engine, const TokenSequences& sentences, size_t 
                             .level = level,
                             .output = StepEntry::Output::kEmbedding,
                             .targets = {}});
+    if (!second_texts.empty()) plan.entries.back().second_text = second_texts[i];
     batch.push_back(std::move(sequence));
   }
   NESTOR_ASSIGN_OR_RETURN(const StepResult result, engine->Step(plan));
@@ -114,9 +116,9 @@ absl::StatusOr<std::vector<WindowScore>> ScoreWindows(Engine* engine, const Toke
   return scores;
 }
 
-absl::StatusOr<std::vector<std::vector<float>>> EmbedSentences(Engine* engine,
-                                                               const TokenSequences& sentences,
-                                                               int level, Progress* progress) {
+absl::StatusOr<std::vector<std::vector<float>>> EmbedSentences(
+    Engine* engine, const TokenSequences& sentences, int level, Progress* progress,
+    std::span<const size_t> second_texts) {
   const EngineOptions& options = engine->options();
   std::vector<std::vector<float>> embeddings;
   size_t begin = 0;
@@ -127,7 +129,8 @@ absl::StatusOr<std::vector<std::vector<float>>> EmbedSentences(Engine* engine,
            rows + static_cast<int64_t>(sentences[end].size()) <= options.max_step_rows) {
       rows += static_cast<int64_t>(sentences[end++].size());
     }
-    NESTOR_RETURN_IF_ERROR(EmbedBatch(engine, sentences, begin, end, level, &embeddings));
+    NESTOR_RETURN_IF_ERROR(
+        EmbedBatch(engine, sentences, begin, end, level, second_texts, &embeddings));
     if (progress != nullptr) progress->Advance(rows);
     begin = end;
   }

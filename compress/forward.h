@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <span>
 #include <vector>
 
 #include "absl/status/statusor.h"
@@ -38,10 +39,11 @@ absl::StatusOr<std::vector<WindowScore>> ScoreWindows(Engine* engine, const Toke
                                                       int level, Progress* progress,
                                                       int64_t stride = 1);
 
-// Embeddings of sentences, several of them in a step. REQUIRES: an encoder.
-absl::StatusOr<std::vector<std::vector<float>>> EmbedSentences(Engine* engine,
-                                                               const TokenSequences& sentences,
-                                                               int level, Progress* progress);
+// Embeddings of sentences, or a classifier's logits, several of them in a step. `second_texts`
+// (StepEntry::second_text) are parallel to them, or empty. REQUIRES: an encoder.
+absl::StatusOr<std::vector<std::vector<float>>> EmbedSentences(
+    Engine* engine, const TokenSequences& sentences, int level, Progress* progress,
+    std::span<const size_t> second_texts = {});
 
 // Of two vectors of one length; 0 where either is zero.
 double Cosine(const std::vector<float>& a, const std::vector<float>& b);

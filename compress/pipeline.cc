@@ -337,7 +337,7 @@ absl::Status Compression::OpenSource() {
     // What takes how long is known later.
     if (ladder.objective != RankObjective::kTime) NESTOR_RETURN_IF_ERROR(CheckCosts(ladder));
   }
-  if (is_encoder) {
+  if (is_encoder && !source_->spec().is_classifier()) {
     evaluation_ = SplicedPairs(corpus_.evaluation);
   } else {
     evaluation_.sequences = corpus_.evaluation;
@@ -811,8 +811,10 @@ absl::Status Compression::WriteDescription(const std::vector<Level>* levels) con
       {"evaluation",
        {{"text_sha256", corpus_.evaluation_sha256},
         {"tokens", report_.evaluation_tokens},
-        {"standard", source_->spec().is_encoder() ? "lines and splices with the next"
-                                                  : "windows of 512 tokens"}}},
+        {"standard", source_->spec().is_classifier()
+                         ? "labels of lines as the full level gives them"
+                     : source_->spec().is_encoder() ? "lines and splices with the next"
+                                                    : "windows of 512 tokens"}}},
       {"checksums", checksums_}};
   if (levels != nullptr) description["levels"] = LevelsToJson(*levels);
   return WriteFileAtomically(partial_ + "/nested.json", description.dump(1));

@@ -14,8 +14,15 @@ namespace nestor {
 std::string LevelTable(const std::vector<Level>& levels);
 
 // The same as the list `levels` of --json: level, form, relative_cost, relative_flops, quality, and
-// those of perplexity, spearman, quality_vs_source and standard_error that were measured.
+// those of perplexity, spearman, accuracy, agreement, quality_vs_source, standard_error and
+// seconds_per_token that were measured. An
+// interpolated level has `interpolated`, true, and `estimated_quality`, the estimate from the
+// measured levels around it.
 nlohmann::json LevelReport(const std::vector<Level>& levels);
+
+// The levels of a sweep, stored and interpolated ones apart, the latter beside their estimates, and
+// a line that says how far measurements lie from those.
+std::string SweepTable(const std::vector<Level>& levels);
 
 // Of a measured search, for every level: the three costs as shares of the full level's (time is
 // that of its linear layers in a step of `rows` rows), and the loss that was predicted beside the

@@ -34,6 +34,10 @@ struct LevelMetrics {
   std::optional<double> perplexity;
   std::optional<double> spearman;
   std::optional<double> standard_error;  // of `quality`
+  // Not kept in artifacts:
+  std::optional<double> accuracy;           // of a classifier, where there are labels
+  std::optional<double> agreement;          // of its labels with the full level's
+  std::optional<double> seconds_per_token;  // of the steps that measured the level, on this device
 };
 
 struct Level {

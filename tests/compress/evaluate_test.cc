@@ -6,6 +6,7 @@
 #include "base/file.h"
 #include "compress/pipeline.h"
 #include "compress/report.h"
+#include "engine/interpolate.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "tests/testing/temporary_directory.h"
@@ -14,6 +15,8 @@
 namespace nestor {
 namespace {
 
+using testing::DoubleNear;
+using testing::ElementsAre;
 using testing::HasSubstr;
 
 TEST(SpearmanTest, MatchesHandComputedValues) {
@@ -129,6 +132,34 @@ TEST(LevelReportTest, LeavesOutWhatWasNotMeasured) {
   EXPECT_EQ(report[0]["perplexity"], 12.5);
   EXPECT_FALSE(report[0].contains("spearman"));
   EXPECT_THAT(LevelTable({level}), HasSubstr("12.50"));
+}
+
+TEST(SweepTableTest, SetsInterpolatedLevelsApartBesideTheirEstimates) {
+  const auto level = [](const std::string& ladder, double cost, double quality,
+                        bool is_interpolated) {
+    return Level{.ladder = ladder,
+                 .relative_cost = cost,
+                 .metrics = {.quality = quality},
+                 .is_interpolated = is_interpolated};
+  };
+  const std::vector<Level> levels = {
+      level("residual", 0.5, 0.25, false), level("residual", 0.6, 0.40, true),
+      level("residual", 0.7, 0.36, false), level("residual", 0.85, 0.5, true),
+      level("full", 1, 1, false)};
+  // sqrt(0.25 * 0.36) and sqrt(0.36 * 1).
+  EXPECT_THAT(EstimateQualities(levels),
+              ElementsAre(0.25, DoubleNear(0.3, 1e-12), 0.36, DoubleNear(0.6, 1e-12), 1));
+  const std::string table = SweepTable(levels);
+  const size_t between = table.find("Interpolated levels");
+  ASSERT_NE(between, std::string::npos);
+  EXPECT_LT(table.find("0.3600"), between);
+  EXPECT_GT(table.find("0.4000"), between);
+  EXPECT_THAT(table, HasSubstr("Measured less estimated: +0.0000 on average, -0.1000 to +0.1000"));
+  const nlohmann::json report = LevelReport(levels);
+  EXPECT_FALSE(report[0].contains("interpolated"));
+  EXPECT_EQ(report[1]["interpolated"], true);
+  EXPECT_NEAR(report[1]["estimated_quality"].get<double>(), 0.3, 1e-12);
+  EXPECT_THAT(SweepTable({level("full", 1, 1, false)}), HasSubstr("No level lies between"));
 }
 
 Level LevelWith(const std::string& ladder, double quality) {
