@@ -106,6 +106,20 @@ class SingleThreadedBlas {
   const int threads_;
 };
 
+// What a layer's output lacks at each rank, as share of its energy (docs/artifact_format.md).
+Json SpectraOf(const LinearSpec& layer, const LayerParts& parts) {
+  Json spectra = {{"name", layer.name}};
+  for (const std::vector<LayerOption>* options : {&parts.residual_options, &parts.prefix_options}) {
+    for (const LayerOption& option : *options) {
+      if (option.choice.form == Form::kDense) continue;
+      Json& spectrum = spectra[NameOf(option.choice.form)];
+      spectrum["ranks"].push_back(option.choice.rank);
+      spectrum["left"].push_back(option.error);
+    }
+  }
+  return spectra;
+}
+
 // Leaves in `search` those of `levels`, in their order.
 void KeepSearched(const std::vector<Level>& levels, std::vector<SearchedLevel>* search) {
   if (search->empty()) return;
@@ -213,6 +227,7 @@ class Compression {
   std::vector<LadderPlan> ladders_;
   size_t text_sequences_ = 0;  // of corpus_.calibration; sampled ones follow
   std::optional<LayerTimes> layer_times_;
+  std::vector<Json> spectra_;  // by layer
   StoredRanks stored_ranks_;
   std::vector<bool> runs_gar_;  // by level, whether its layers may
   // By layer: ranks whose pairs are in the spill, and, for the others that levels wanted, what
@@ -407,6 +422,7 @@ absl::Status Compression::CompressOneLayer(size_t layer) {
                                .may_be_gar = may_be_gar()};
   NESTOR_ASSIGN_OR_RETURN(LayerParts parts, CompressLayer(spec, weights, moment, settings));
   NESTOR_RETURN_IF_ERROR(AddLayer(spec, parts, spill_.get()));
+  spectra_[layer] = SpectraOf(spec, parts);
   for (LadderPlan& ladder : ladders_) {
     std::vector<LayerOption>& options = ladder.options[layer];
     options = ladder.name == "prefix" ? parts.prefix_options : parts.residual_options;
@@ -428,8 +444,11 @@ absl::Status Compression::CompressLayers() {
   gar_ranks_.resize(num_layers);
   gar_substitutes_.resize(num_layers);
   is_gar_done_.resize(num_layers);
+  spectra_.resize(num_layers);
   NESTOR_RETURN_IF_ERROR(
       ForEachLayer("Decomposing", [this](size_t layer) { return CompressOneLayer(layer); }));
+  NESTOR_RETURN_IF_ERROR(
+      WriteFileAtomically(partial_ + "/spectra.json", Json{{"layers", spectra_}}.dump()));
   return AddOtherTensors(*source_, spill_.get());
 }
 

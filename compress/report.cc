@@ -4,8 +4,10 @@
 #include <optional>
 #include <utility>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "base/file.h"
 #include "engine/interpolate.h"
 
 namespace nestor {
@@ -56,7 +58,118 @@ std::string LevelRow(const std::vector<MetricColumn>& columns, const Level& leve
                          Cell(metrics.quality_vs_source, 4));
 }
 
+// Where the bytes of an artifact's tensor are counted; of a checkpoint's all are weights.
+const char* PartOf(const NestedModel& model, const std::string& tensor) {
+  if (!model.is_artifact()) return "weights";
+  constexpr std::pair<const char*, const char*> kParts[] = {{".coarse", "coarse planes"},
+                                                            {".fine", "fine planes"},
+                                                            {".scales", "scales of planes"},
+                                                            {".dense", "bf16 weights"}};
+  for (const auto& [suffix, part] : kParts) {
+    if (absl::EndsWith(tensor, suffix)) return part;
+  }
+  if (absl::StrContains(tensor, ".residual.")) return "residual factors";
+  if (absl::StrContains(tensor, ".prefix.")) return "prefix factors";
+  return "embeddings, norms, biases";
+}
+
+// What `quality` and `quality_vs_source` are, for the axis of a figure.
+std::string QualityText(const ModelSpec& spec, bool has_labels, const std::string& reference) {
+  if (!spec.is_encoder()) return absl::StrCat("perplexity of ", reference, " / of the level");
+  if (spec.is_classifier()) {
+    return has_labels ? absl::StrCat("accuracy, as ratio to that of ", reference)
+                      : absl::StrCat("share of labels that agree with ", reference);
+  }
+  return has_labels ? absl::StrCat("Spearman to labels, as ratio to that of ", reference)
+                    : absl::StrCat("Spearman to the similarities of ", reference);
+}
+
+// The whole model in one fixed type, with what is known of it.
+nlohmann::json Mark(const char* name, const LinearCost& cost, const LinearCost& full) {
+  return {{"name", name},
+          {"weight_bytes", cost.weight_bytes},
+          {"relative_cost",
+           static_cast<double>(cost.weight_bytes) / static_cast<double>(full.weight_bytes)},
+          {"relative_flops", static_cast<double>(cost.flops) / static_cast<double>(full.flops)}};
+}
+
+void AddMetrics(const LevelMetrics& metrics, nlohmann::json* mark) {
+  (*mark)["quality"] = metrics.quality;
+  if (metrics.quality_vs_source.has_value()) {
+    (*mark)["quality_vs_source"] = *metrics.quality_vs_source;
+  }
+  if (metrics.seconds_per_token.has_value()) {
+    (*mark)["seconds_per_token"] = *metrics.seconds_per_token;
+  }
+}
+
+nlohmann::json MarksOf(const NestedModel& model, const MeasuredModel& measured) {
+  const Level& full = measured.levels.back();
+  const Profile dense(model.layers().size());
+  const Profile coarse(model.layers().size(), {Form::kResidual, 0});
+  const auto cost_of = [&](const Profile& profile, DenseStorage storage) {
+    return CostOfProfile(model.spec(), model.layers(), profile, storage);
+  };
+  nlohmann::json bf16 = Mark("bf16", cost_of(dense, DenseStorage::kBf16), full.cost);
+  nlohmann::json int8 = Mark("int8", cost_of(dense, DenseStorage::kPlanes), full.cost);
+  nlohmann::json four_bits = Mark("4-bit", cost_of(coarse, DenseStorage::kPlanes), full.cost);
+  if (full.metrics.quality_vs_source.has_value()) bf16["quality_vs_source"] = 1;
+  if (model.dtype() == "int8") AddMetrics(full.metrics, &int8);
+  if (model.dtype() == "bf16") AddMetrics(full.metrics, &bf16);
+  for (const Level& level : measured.levels) {
+    if (level.profile == coarse) AddMetrics(level.metrics, &four_bits);
+  }
+  if (measured.coarse.has_value()) AddMetrics(measured.coarse->metrics, &four_bits);
+  return {std::move(bf16), std::move(int8), std::move(four_bits)};
+}
+
 }  // namespace
+
+nlohmann::json FigureReport(const NestedModel& model, const MeasuredModel& measured) {
+  constexpr const char* kRoles[] = {"query", "key", "value", "attention out",
+                                    "gate",  "up",  "down",  "head"};
+  const ModelSpec& spec = model.spec();
+  nlohmann::json layers = nlohmann::json::array();
+  for (const LinearSpec& layer : model.layers()) {
+    layers.push_back({{"name", layer.name},
+                      {"role", kRoles[static_cast<size_t>(layer.role)]},
+                      {"block", layer.block},
+                      {"out", layer.out},
+                      {"in", layer.in}});
+  }
+  nlohmann::json levels = LevelReport(measured.levels);
+  const nlohmann::json profiles = LevelsToJson(measured.levels);
+  for (size_t i = 0; i < levels.size(); ++i) {
+    for (const char* key : {"weight_bytes", "flops", "forms", "ranks"}) {
+      levels[i][key] = profiles[i][key];
+    }
+  }
+  nlohmann::json resident = nlohmann::json::object();
+  for (const auto& [name, view] : model.tensors().tensors()) {
+    nlohmann::json& bytes = resident[PartOf(model, name)];
+    bytes = bytes.is_null() ? view.bytes.size() : bytes.get<size_t>() + view.bytes.size();
+  }
+  nlohmann::json report = {
+      {"title", measured.title},
+      {"architecture", spec.architecture},
+      {"dtype", model.dtype()},
+      {"tokens", measured.tokens},
+      {"quality_text",
+       {{"quality", QualityText(spec, measured.has_labels, "the full level")},
+        {"quality_vs_source", QualityText(spec, measured.has_labels, "the source")}}},
+      {"levels", std::move(levels)},
+      {"marks", MarksOf(model, measured)},
+      {"layers", std::move(layers)},
+      {"resident_bytes", std::move(resident)}};
+  if (measured.pairs > 0) report["pairs"] = measured.pairs;
+  // Made by compression; an older artifact has none.
+  const absl::StatusOr<std::string> text = ReadFile(model.directory() + "/spectra.json");
+  if (text.ok()) {
+    const auto spectra = nlohmann::json::parse(*text, nullptr, /*allow_exceptions=*/false);
+    if (spectra.is_object()) report["spectra"] = spectra.value("layers", nlohmann::json::array());
+  }
+  return report;
+}
 
 std::string LevelTable(const std::vector<Level>& levels) {
   const std::vector<MetricColumn> columns = MeasuredColumns(levels);

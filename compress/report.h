@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -23,6 +24,21 @@ nlohmann::json LevelReport(const std::vector<Level>& levels);
 // The levels of a sweep, stored and interpolated ones apart, the latter beside their estimates, and
 // a line that says how far measurements lie from those.
 std::string SweepTable(const std::vector<Level>& levels);
+
+// What a report is about, beside its model: levels as they were measured, on what, and by what.
+struct MeasuredModel {
+  std::string title;
+  std::vector<Level> levels;
+  std::optional<Level> coarse;  // the coarse plane alone, where no level is that
+  int64_t tokens = 0;
+  int64_t pairs = 0;
+  bool has_labels = false;  // of pairs or texts
+};
+
+// What scripts/report.py draws (its keys are listed in docs/artifact_format.md): the levels with
+// their ranks, the model in fixed types beside them, the bytes that `model` keeps, and the spectra
+// of its directory, where it has them.
+nlohmann::json FigureReport(const NestedModel& model, const MeasuredModel& measured);
 
 // Of a measured search, for every level: the three costs as shares of the full level's (time is
 // that of its linear layers in a step of `rows` rows), and the loss that was predicted beside the

@@ -1,3 +1,4 @@
+#include <filesystem>
 #include <memory>
 #include <optional>
 #include <string>
@@ -12,6 +13,7 @@
 #include "compress/report.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "nestor/command.h"
+#include "nestor/draw_report.h"
 #include "nestor/flags.h"
 
 namespace nestor {
@@ -85,6 +87,17 @@ absl::StatusOr<Activations> ParseActivations(const std::string& name) {
       absl::StrCat("--activations: expected auto, int8 or float; was \"", name, "\""));
 }
 
+absl::Status Draw(const CompressOptions& options, const CompressReport& report) {
+  NESTOR_ASSIGN_OR_RETURN(const std::unique_ptr<NestedModel> model,
+                          NestedModel::Open(options.output));
+  const std::filesystem::path output = (std::filesystem::path(options.output) / "").parent_path();
+  const MeasuredModel measured{.title = output.filename().string(),
+                               .levels = report.levels,
+                               .coarse = std::nullopt,
+                               .tokens = report.evaluation_tokens};
+  return WriteReport(FigureReport(*model, measured), output.string() + ".report");
+}
+
 }  // namespace
 
 absl::Status RunCompress(const std::vector<std::string>& arguments) {
@@ -97,6 +110,7 @@ absl::Status RunCompress(const std::vector<std::string>& arguments) {
   std::string gar_levels = "all";
   int64_t levels = options.levels;
   bool prints_json = false;
+  bool draws_report = true;
   Flags flags("nestor compress HF_DIR OUT --calibration FILE [flags]",
               "nestor compress models/smollm2-135m-instruct models/smollm2-135m-instruct.nested "
               "--calibration prose.txt --levels 6");
@@ -149,6 +163,10 @@ absl::Status RunCompress(const std::vector<std::string>& arguments) {
       "probe-tokens", &options.search.probe_tokens,
       "calibration tokens of a probe of a measured search; 1024, of an encoder 4096, unless given");
   flags.Add("force", &options.overwrites, "replace OUT where it exists");
+  flags.Add(
+      "report", &draws_report,
+      "write OUT.report/, with report.html and its pictures where a Python with matplotlib is "
+      "found");
   flags.Add("json", &prints_json, "print the levels as one JSON object");
   NESTOR_ASSIGN_OR_RETURN(const std::vector<std::string> positional, flags.Parse(arguments));
   if (positional.size() != 2) return UsageError("expected two arguments, HF_DIR and OUT");
@@ -167,6 +185,7 @@ absl::Status RunCompress(const std::vector<std::string>& arguments) {
   options.make_backend = [] { return MakeCpuBackend({}); };
 
   NESTOR_ASSIGN_OR_RETURN(const CompressReport report, Compress(options));
+  if (draws_report) NESTOR_RETURN_IF_ERROR(Draw(options, report));
   if (prints_json) {
     const nlohmann::json json = {{"artifact", options.output},
                                  {"levels", LevelReport(report.levels)},

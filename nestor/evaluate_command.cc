@@ -1,3 +1,4 @@
+#include <filesystem>
 #include <memory>
 #include <optional>
 #include <string>
@@ -15,6 +16,7 @@
 #include "engine/interpolate.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "nestor/command.h"
+#include "nestor/draw_report.h"
 #include "nestor/flags.h"
 
 namespace nestor {
@@ -28,6 +30,7 @@ struct EvaluateOptions {
   std::optional<std::string> pairs;
   std::optional<std::string> labels;
   std::optional<std::string> source;
+  std::optional<std::string> report;
   int64_t tokens = 0;
   int64_t sweep = 0;  // costs of each ladder; 0: its own levels only
   bool prints_json = false;
@@ -36,6 +39,23 @@ struct EvaluateOptions {
 absl::StatusOr<std::unique_ptr<Engine>> OpenEngineOn(std::unique_ptr<NestedModel> model) {
   return OpenEngine(
       std::move(model), [] { return MakeCpuBackend({}); }, kWindowTokens);
+}
+
+// Puts a level before the others that is the coarse plane alone, unless there is one; a report
+// shows it beside them. False where there is no coarse plane, or a level is that already.
+absl::StatusOr<bool> AddCoarseLevel(NestedModel* model) {
+  const Profile coarse(model->layers().size(), {Form::kResidual, 0});
+  const nlohmann::json& description = model->description();
+  if (!description.is_object() || description.value("planes", nlohmann::json()).empty()) {
+    return false;
+  }
+  std::vector<Level> levels = model->levels();
+  for (const Level& level : levels) {
+    if (level.profile == coarse) return false;
+  }
+  levels.insert(levels.begin(), Level{.ladder = "residual", .profile = coarse});
+  NESTOR_RETURN_IF_ERROR(model->SetLevels(std::move(levels)));
+  return true;
 }
 
 absl::StatusOr<EvaluationSet> ReadSet(const EvaluateOptions& options, const Engine& engine) {
@@ -108,6 +128,10 @@ absl::Status RunEvaluate(const std::vector<std::string>& arguments) {
       "sweep", &options.sweep,
       "measures levels at so many costs of each ladder, in equal steps from its cheapest level "
       "to the full one, interpolated between the stored ones");
+  flags.Add(
+      "report", &options.report,
+      "a directory to write report.json to, and report.html with pictures where a Python with "
+      "matplotlib is found; measures the coarse plane alone as well");
   flags.Add("json", &options.prints_json, "print one JSON object");
   NESTOR_ASSIGN_OR_RETURN(const std::vector<std::string> positional, flags.Parse(arguments));
   if (positional.size() != 1) {
@@ -127,6 +151,10 @@ absl::Status RunEvaluate(const std::vector<std::string>& arguments) {
                             WithSweptLevels(*model, static_cast<int>(options.sweep)));
     NESTOR_RETURN_IF_ERROR(model->SetLevels(std::move(swept)));
   }
+  bool has_coarse_level = false;
+  if (options.report.has_value()) {
+    NESTOR_ASSIGN_OR_RETURN(has_coarse_level, AddCoarseLevel(model.get()));
+  }
   NESTOR_ASSIGN_OR_RETURN(std::unique_ptr<Engine> engine, OpenEngineOn(std::move(model)));
   NESTOR_ASSIGN_OR_RETURN(const EvaluationSet set, ReadSet(options, *engine));
   std::optional<Measurement> source;
@@ -142,9 +170,22 @@ absl::Status RunEvaluate(const std::vector<std::string>& arguments) {
   NESTOR_ASSIGN_OR_RETURN(
       const std::vector<LevelMetrics> metrics,
       EvaluateLevels(engine.get(), set, source.has_value() ? &*source : nullptr));
-  std::vector<Level> levels = engine->model().levels();
-  for (size_t i = 0; i < metrics.size(); ++i) levels[i].metrics = metrics[i];
-  return Print(options, set, levels);
+  MeasuredModel measured{
+      .title = (std::filesystem::path(options.model) / "").parent_path().filename().string(),
+      .levels = engine->model().levels(),
+      .coarse = std::nullopt,
+      .tokens = MeasuredTokens(set),
+      .pairs = std::ssize(set.pairs),
+      .has_labels = !set.labels.empty() || !set.classes.empty()};
+  for (size_t i = 0; i < metrics.size(); ++i) measured.levels[i].metrics = metrics[i];
+  if (has_coarse_level) {
+    measured.coarse = measured.levels.front();
+    measured.levels.erase(measured.levels.begin());
+  }
+  if (options.report.has_value()) {
+    NESTOR_RETURN_IF_ERROR(WriteReport(FigureReport(engine->model(), measured), *options.report));
+  }
+  return Print(options, set, measured.levels);
 }
 
 }  // namespace nestor

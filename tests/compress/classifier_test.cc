@@ -9,6 +9,7 @@
 #include "compress/evaluate.h"
 #include "compress/labelled_texts.h"
 #include "compress/pipeline.h"
+#include "compress/report.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "kernels/cpu/cpu_backend.h"
@@ -199,6 +200,34 @@ TEST(ClassifierArtifactTest, KeepsTheHeadAndMeasuresAgreement) {
     EXPECT_EQ(*(*model)->tensors().GetFloats(name, view.shape),
               *(*source)->tensors().GetFloats(name, view.shape));
   }
+
+  const MeasuredModel measured{
+      .title = "tiny", .levels = report->levels, .coarse = std::nullopt, .tokens = 2048};
+  const nlohmann::json figures = FigureReport(**model, measured);
+  EXPECT_EQ(figures["quality_text"]["quality"], "share of labels that agree with the full level");
+  EXPECT_EQ(figures["levels"].size(), report->levels.size());
+  EXPECT_EQ(figures["levels"][0]["ranks"].size(), figures["layers"].size());
+  EXPECT_EQ(figures["layers"][0]["role"], "query");
+  EXPECT_EQ(figures["layers"][5]["role"], "down");
+  EXPECT_EQ(figures["spectra"].size(), figures["layers"].size());
+  const nlohmann::json& spectrum = figures["spectra"][0]["prefix"];
+  ASSERT_EQ(spectrum["ranks"].size(), spectrum["left"].size());
+  EXPECT_GT(spectrum["left"].front(), spectrum["left"].back());
+  ASSERT_EQ(figures["marks"].size(), 3u);
+  EXPECT_EQ(figures["marks"][1]["name"], "int8");
+  EXPECT_EQ(figures["marks"][1]["relative_cost"], 1);
+  EXPECT_EQ(figures["marks"][1]["quality"], 1);
+  // Rows of 40 weights, which groups of 32 pad to 64.
+  EXPECT_GT(figures["marks"][0]["relative_cost"], 1.2);
+  EXPECT_LT(figures["marks"][2]["relative_cost"], 0.7);
+  int64_t resident = 0;
+  for (const auto& [part, bytes] : figures["resident_bytes"].items())
+    resident += bytes.get<int64_t>();
+  int64_t stored = 0;
+  for (const auto& [name, view] : (*model)->tensors().tensors()) {
+    stored += std::ssize(view.bytes);
+  }
+  EXPECT_EQ(resident, stored);
 }
 
 }  // namespace
