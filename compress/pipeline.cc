@@ -111,8 +111,10 @@ Json SpectraOf(const LinearSpec& layer, const LayerParts& parts) {
   Json spectra = {{"name", layer.name}};
   for (const std::vector<LayerOption>* options : {&parts.residual_options, &parts.prefix_options}) {
     for (const LayerOption& option : *options) {
-      if (option.choice.form == Form::kDense) continue;
-      Json& spectrum = spectra[NameOf(option.choice.form)];
+      Form form = option.choice.form;
+      if (form == Form::kDense) continue;
+      if (form == Form::kGar) form = Form::kPrefix;  // the same function of the rank
+      Json& spectrum = spectra[NameOf(form)];
       spectrum["ranks"].push_back(option.choice.rank);
       spectrum["left"].push_back(option.error);
     }
