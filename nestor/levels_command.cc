@@ -80,9 +80,8 @@ absl::Status RunLevels(const std::vector<std::string>& arguments) {
   Flags flags(
       "nestor levels [flags]\n\n"
       "Prints the levels of the daemon's model, with the quality measured at compression and the\n"
-      "speed measured on its device: one sequence decoding, or a batch for an encoder. The quality "
-      "of\n"
-      "an interpolated level, ~, is an estimate.",
+      "speed measured on its device: one sequence decoding, or a batch for an encoder. An\n"
+      "interpolated level's quality (~) is an estimate.",
       "nestor levels --server 127.0.0.1:50051");
   AddConnectionFlags(&flags, &connection_flags);
   flags.Add("json", &json, "one object on stdout");
