@@ -34,10 +34,10 @@ FormAndRank CheapestPrefix(int64_t out, int64_t in, int64_t rank, bool may_be_ga
 
 // Makes the pair of the first `rank` components of `decomposition`, which is that of `weights`
 // [out, in] for inputs with second moment `moment` [in, in]. Pivots are chosen by QR with column
-// pivoting of B_r^T (PIFA, arXiv 2501.19090). A, rows of B_r A_r, is quantised first; B is the
-// least-squares fit of the other outputs to the z that the quantised A gives, which takes up its
-// rounding. In double. REQUIRES: 0 < rank <= decomposition.rank, rank < out. INTERNAL where LAPACK
-// fails.
+// pivoting of the kept directions of the output (PIFA, arXiv 2501.19090). A, rows of B_r A_r, is
+// quantised first; B is the least-squares fit of the other outputs to the z that the quantised A
+// gives, which takes up its rounding. In double. REQUIRES: 0 < rank <= decomposition.rank, rank <
+// out. INTERNAL where LAPACK fails.
 absl::StatusOr<GarFit> FitGar(const Decomposition& decomposition, std::span<const float> weights,
                               int64_t out, int64_t in, std::span<const double> moment,
                               int64_t rank);
