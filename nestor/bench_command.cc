@@ -67,28 +67,28 @@ struct BenchPlan {
 struct DecodeRow {
   int level = 0;
   int64_t rows = 0;
-  Measurement measured;
+  Timing measured;
 };
 
 struct PromptRow {
   int level = 0;
-  Measurement measured;
+  Timing measured;
 };
 
 // An encoder's texts, `batch` at a time.
 struct EmbedRow {
   int level = 0;
   int batch = 0;
-  Measurement measured;
+  Timing measured;
 };
 
 // Rows at several levels, the lowest and the full one among them, run in every way there is.
 struct MixedRow {
   std::vector<int> levels;  // one for each row
-  Measurement chosen;       // as the engine chose
-  Measurement as_asked;
-  Measurement pass_per_level;
-  Measurement raised;  // all at the full level
+  Timing chosen;            // as the engine chose
+  Timing as_asked;
+  Timing pass_per_level;
+  Timing raised;  // all at the full level
 
   double chosen_against_best() const {
     return chosen.seconds / std::min(pass_per_level.seconds, raised.seconds);
@@ -206,22 +206,21 @@ EngineOptions OptionsFor(const BenchPlan& plan, const ModelSpec& spec) {
   return options;
 }
 
-using Job = std::function<absl::StatusOr<Measurement>()>;
+using Job = std::function<absl::StatusOr<Timing>()>;
 
 // What the machine can do, in every round anew: it changes from second to second.
-void AddMachineJobs(int threads, CpuInstructionSet instruction_set, Measurement* reading,
-                    Measurement* multiplying, std::vector<Job>* jobs,
-                    std::vector<Measurement*>* results) {
+void AddMachineJobs(int threads, CpuInstructionSet instruction_set, Timing* reading,
+                    Timing* multiplying, std::vector<Job>* jobs, std::vector<Timing*>* results) {
   constexpr int64_t kGiga = 1'000'000'000;
   results->push_back(reading);
-  jobs->push_back([=]() -> absl::StatusOr<Measurement> {
+  jobs->push_back([=]() -> absl::StatusOr<Timing> {
     NESTOR_ASSIGN_OR_RETURN(const double gbps, MeasureReadBandwidth(threads));
-    return Measurement{.seconds = 1 / gbps, .weight_bytes = kGiga};
+    return Timing{.seconds = 1 / gbps, .weight_bytes = kGiga};
   });
   results->push_back(multiplying);
-  jobs->push_back([=]() -> absl::StatusOr<Measurement> {
+  jobs->push_back([=]() -> absl::StatusOr<Timing> {
     NESTOR_ASSIGN_OR_RETURN(const double gflops, MeasureGemmRate(threads, instruction_set));
-    return Measurement{.seconds = 1 / gflops, .flops = kGiga};
+    return Timing{.seconds = 1 / gflops, .flops = kGiga};
   });
 }
 
@@ -235,7 +234,7 @@ std::vector<int> MixedLevels(const std::vector<int>& levels, int rows) {
 }
 
 void AddDecoderJobs(const BenchPlan& plan, EngineTimer* timer, BenchReport* report,
-                    std::vector<Job>* jobs, std::vector<Measurement*>* results) {
+                    std::vector<Job>* jobs, std::vector<Timing*>* results) {
   // Reserved, since `results` points into them.
   report->decode.reserve(plan.levels.size() * plan.rows.size());
   report->prefill.reserve(plan.levels.size());
@@ -260,7 +259,7 @@ void AddDecoderJobs(const BenchPlan& plan, EngineTimer* timer, BenchReport* repo
   for (const int rows : plan.mixed_rows) {
     report->mixed.push_back({.levels = MixedLevels(plan.levels, rows)});
     MixedRow& row = report->mixed.back();
-    const auto add = [&](Measurement* result, std::vector<int> levels, EngineTimer::Mix mix) {
+    const auto add = [&](Timing* result, std::vector<int> levels, EngineTimer::Mix mix) {
       results->push_back(result);
       jobs->push_back([=] {
         return timer->Decode(
@@ -306,8 +305,7 @@ Texts RandomTexts(const BenchPlan& plan, EngineTimer* timer) {
 
 // `texts` is borrowed by the jobs.
 void AddEncoderJobs(const BenchPlan& plan, const Texts& texts, EngineTimer* timer,
-                    BenchReport* report, std::vector<Job>* jobs,
-                    std::vector<Measurement*>* results) {
+                    BenchReport* report, std::vector<Job>* jobs, std::vector<Timing*>* results) {
   report->num_texts = texts.size();
   report->embed.reserve(plan.levels.size() * plan.batches.size());
   for (const int batch : plan.batches) {
@@ -369,9 +367,9 @@ absl::StatusOr<BenchReport> RunAll(const std::string& directory, const BenchFlag
   }
   EngineTimer timer(engine.get());
   std::vector<Job> jobs;
-  std::vector<Measurement*> results;
-  Measurement reading;
-  Measurement multiplying;
+  std::vector<Timing*> results;
+  Timing reading;
+  Timing multiplying;
   AddMachineJobs(plan.threads, instruction_set.value_or(BestInstructionSet()), &reading,
                  &multiplying, &jobs, &results);
   Texts texts;
@@ -386,7 +384,7 @@ absl::StatusOr<BenchReport> RunAll(const std::string& directory, const BenchFlag
     AddDecoderJobs(plan, &timer, &report, &jobs, &results);
   }
   Progress progress("bench", static_cast<int64_t>(jobs.size()) * (plan.rounds + 1));
-  NESTOR_ASSIGN_OR_RETURN(const std::vector<Measurement> medians,
+  NESTOR_ASSIGN_OR_RETURN(const std::vector<Timing> medians,
                           MedianOfRounds(jobs, plan.rounds, &progress));
   for (size_t i = 0; i < medians.size(); ++i) *results[i] = medians[i];
   report.read_gbps = reading.weight_gbps();
@@ -399,7 +397,7 @@ double SentencesPerSecond(const BenchReport& report, const EmbedRow& row) {
 }
 
 // `row`, with what was executed in it.
-nlohmann::json WithWork(nlohmann::json row, const Measurement& measured) {
+nlohmann::json WithWork(nlohmann::json row, const Timing& measured) {
   row["seconds"] = measured.seconds;
   row["flops"] = measured.flops;
   row["weight_bytes"] = measured.weight_bytes;
@@ -461,7 +459,7 @@ std::string Distinct(std::vector<int> levels) {
 }
 
 // "level 3: 25 %, level 6: 75 %", of rows.
-std::string ExecutedLevels(const Measurement& measured) {
+std::string ExecutedLevels(const Timing& measured) {
   std::vector<std::string> shares;
   for (const auto& [level, rows] : measured.rows_by_level) {
     shares.push_back(

@@ -44,7 +44,7 @@ class Sequences {
 
 // Adds what the step executed to `measurement`.
 absl::Status CheckedStep(Engine* engine, const StepPlan& plan, StepResult* result,
-                         Measurement* measurement) {
+                         Timing* measurement) {
   NESTOR_RETURN_IF_ERROR(engine->Step(plan, result));
   for (const StepResult::Entry& entry : result->entries) NESTOR_RETURN_IF_ERROR(entry.status);
   measurement->weight_bytes += result->executed.weight_bytes;
@@ -54,7 +54,7 @@ absl::Status CheckedStep(Engine* engine, const StepPlan& plan, StepResult* resul
 
 // Runs `tokens` of one sequence in chunks; the result is that of the last chunk.
 absl::StatusOr<StepResult> RunPrompt(Engine* engine, SequenceId sequence, int level,
-                                     std::span<const int32_t> tokens, Measurement* measurement) {
+                                     std::span<const int32_t> tokens, Timing* measurement) {
   const auto chunk = static_cast<size_t>(engine->options().max_step_rows);
   StepResult result;
   while (true) {
@@ -80,7 +80,7 @@ struct Pass {
 };
 
 // One token for each row of `pass`.
-absl::Status DecodeStep(Engine* engine, Pass* pass, Measurement* measurement) {
+absl::Status DecodeStep(Engine* engine, Pass* pass, Timing* measurement) {
   NESTOR_RETURN_IF_ERROR(CheckedStep(engine, pass->plan, &pass->result, measurement));
   for (size_t i = 0; i < pass->rows.size(); ++i) {
     const StepResult::Entry& ran = pass->result.entries[i];
@@ -126,7 +126,7 @@ size_t CountThatFit(std::span<const std::vector<int32_t>> texts, int64_t max_row
 
 // Embeds `texts` in one step.
 absl::Status EmbedStep(Engine* engine, int level, std::span<const std::vector<int32_t>> texts,
-                       Measurement* measurement) {
+                       Timing* measurement) {
   Sequences sequences(engine);
   StepPlan plan;
   for (const std::vector<int32_t>& text : texts) {
@@ -176,11 +176,11 @@ double SpeculationMeasurement::verify_step_seconds() const {
   return Ratio(verify_seconds, verify_steps);
 }
 
-absl::StatusOr<std::vector<Measurement>> MedianOfRounds(
-    const std::vector<std::function<absl::StatusOr<Measurement>()>>& jobs, int rounds,
+absl::StatusOr<std::vector<Timing>> MedianOfRounds(
+    const std::vector<std::function<absl::StatusOr<Timing>()>>& jobs, int rounds,
     Progress* progress) {
   NESTOR_CHECK(rounds >= 1);
-  std::vector<Measurement> medians(jobs.size());
+  std::vector<Timing> medians(jobs.size());
   std::vector<std::vector<double>> seconds(jobs.size());
   for (int round = -1; round < rounds; ++round) {
     for (size_t i = 0; i < jobs.size(); ++i) {
@@ -201,15 +201,15 @@ std::vector<int32_t> EngineTimer::RandomTokens(int64_t count) {
   return tokens;
 }
 
-absl::StatusOr<Measurement> EngineTimer::Decode(const DecodeShape& shape) {
+absl::StatusOr<Timing> EngineTimer::Decode(const DecodeShape& shape) {
   NESTOR_CHECK(shape.context >= 1);
   Sequences sequences(engine_);
   std::vector<Row> rows;
-  Measurement measurement;
+  Timing measurement;
   for (const int level : shape.levels) {
     NESTOR_ASSIGN_OR_RETURN(const SequenceId id, sequences.Add(shape.context + shape.steps));
     Row row = {.sequence = id, .level = level};
-    Measurement prompt;  // not part of what is timed
+    Timing prompt;  // not part of what is timed
     NESTOR_ASSIGN_OR_RETURN(const StepResult result,
                             RunPrompt(engine_, id, level, RandomTokens(shape.context), &prompt));
     row.next_token = row.sampler.Sample(result.entries[0].values);
@@ -241,7 +241,7 @@ absl::Status EngineTimer::SpeculateOn(const SpeculationShape& shape,
   Sequences sequences(engine_);
   NESTOR_ASSIGN_OR_RETURN(const SequenceId id,
                           sequences.Add(static_cast<int64_t>(prompt.size()) + shape.tokens));
-  Measurement of_prompt;
+  Timing of_prompt;
   NESTOR_ASSIGN_OR_RETURN(const StepResult first,
                           RunPrompt(engine_, id, shape.verify_level, prompt, &of_prompt));
   Sampler sampler{SamplingOptions{}};
@@ -274,22 +274,21 @@ absl::Status EngineTimer::SpeculateOn(const SpeculationShape& shape,
   return absl::OkStatus();
 }
 
-absl::StatusOr<Measurement> EngineTimer::Prefill(int level, int64_t tokens) {
+absl::StatusOr<Timing> EngineTimer::Prefill(int level, int64_t tokens) {
   const std::vector<int32_t> prompt = RandomTokens(tokens);
   Sequences sequences(engine_);
   NESTOR_ASSIGN_OR_RETURN(const SequenceId id, sequences.Add(tokens));
-  Measurement measurement = {.tokens = tokens};
+  Timing measurement = {.tokens = tokens};
   const auto start = std::chrono::steady_clock::now();
   NESTOR_RETURN_IF_ERROR(RunPrompt(engine_, id, level, prompt, &measurement).status());
   measurement.seconds = SecondsSince(start);
   return measurement;
 }
 
-absl::StatusOr<Measurement> EngineTimer::Embed(int level,
-                                               std::span<const std::vector<int32_t>> texts,
-                                               int64_t batch) {
+absl::StatusOr<Timing> EngineTimer::Embed(int level, std::span<const std::vector<int32_t>> texts,
+                                          int64_t batch) {
   NESTOR_CHECK(batch >= 1);
-  Measurement measurement;
+  Timing measurement;
   for (const std::vector<int32_t>& text : texts) {
     measurement.tokens += static_cast<int64_t>(text.size());
   }

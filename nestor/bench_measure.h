@@ -14,7 +14,7 @@
 namespace nestor {
 
 // What one timed run of the engine did.
-struct Measurement {
+struct Timing {
   double seconds = 0;
   int64_t tokens = 0;
   int64_t weight_bytes = 0;              // counted by the backend during the run, as is the next
@@ -28,7 +28,7 @@ struct Measurement {
 
 // What decoding in rounds of speculation did; with no drafts, in plain steps.
 struct SpeculationMeasurement {
-  Measurement decoding;
+  Timing decoding;
   int64_t num_examined = 0;  // drafts that were held against what was drawn
   int64_t num_accepted = 0;
   double draft_seconds = 0;
@@ -45,8 +45,8 @@ struct SpeculationMeasurement {
 // Runs `jobs` one after the other, `rounds` times over and once before that uncounted, so that a
 // machine's slow moments fall on all of them alike; gives each job's median time. Every job must
 // do the same work in each round. REQUIRES: rounds >= 1.
-absl::StatusOr<std::vector<Measurement>> MedianOfRounds(
-    const std::vector<std::function<absl::StatusOr<Measurement>()>>& jobs, int rounds,
+absl::StatusOr<std::vector<Timing>> MedianOfRounds(
+    const std::vector<std::function<absl::StatusOr<Timing>()>>& jobs, int rounds,
     Progress* progress);
 
 // Times the engine's steps, with random prompts and greedy sampling, as a daemon with nothing else
@@ -69,7 +69,7 @@ class EngineTimer {
     Mix mix = Mix::kAsAsked;
   };
   // One token for every row in each of the steps. REQUIRES: context >= 1.
-  absl::StatusOr<Measurement> Decode(const DecodeShape& shape);
+  absl::StatusOr<Timing> Decode(const DecodeShape& shape);
   struct SpeculationShape {
     std::span<const std::vector<int32_t>> prompts;  // token ids, decoded one after the other
     int draft_level = 0;
@@ -80,12 +80,12 @@ class EngineTimer {
   // One stream that decodes greedily, in rounds as a daemon runs them. Prompts are not timed.
   absl::StatusOr<SpeculationMeasurement> Speculate(const SpeculationShape& shape);
   // A prompt of `tokens`, in chunks of the engine's max_step_rows, up to its last logits.
-  absl::StatusOr<Measurement> Prefill(int level, int64_t tokens);
+  absl::StatusOr<Timing> Prefill(int level, int64_t tokens);
   // Encoders: `texts` in their order, `batch` at a time; a batch takes as many steps as
   // max_step_rows asks for. INVALID_ARGUMENT for a text of more tokens than that. REQUIRES:
   // batch >= 1.
-  absl::StatusOr<Measurement> Embed(int level, std::span<const std::vector<int32_t>> texts,
-                                    int64_t batch);
+  absl::StatusOr<Timing> Embed(int level, std::span<const std::vector<int32_t>> texts,
+                               int64_t batch);
 
   std::vector<int32_t> RandomTokens(int64_t count);
   // Adds one prompt of `shape` to `measurement`.

@@ -100,17 +100,17 @@ absl::StatusOr<SpeculationReport> MeasureSpeculation(Engine* engine,
                                      2 * (options.rounds + 1));
   NESTOR_ASSIGN_OR_RETURN(SpeculationReport report, Choose(&timer, draft_levels, shape, &progress));
   SpeculationMeasurement last[2];  // plain, in rounds
-  std::vector<std::function<absl::StatusOr<Measurement>()>> jobs;
+  std::vector<std::function<absl::StatusOr<Timing>()>> jobs;
   for (const int num_drafts : {0, report.num_drafts}) {
     shape.draft_level = report.draft_level;
     shape.num_drafts = num_drafts;
     SpeculationMeasurement* const result = &last[jobs.size()];
-    jobs.push_back([=, &timer]() -> absl::StatusOr<Measurement> {
+    jobs.push_back([=, &timer]() -> absl::StatusOr<Timing> {
       NESTOR_ASSIGN_OR_RETURN(*result, timer.Speculate(shape));
       return result->decoding;
     });
   }
-  NESTOR_ASSIGN_OR_RETURN(const std::vector<Measurement> medians,
+  NESTOR_ASSIGN_OR_RETURN(const std::vector<Timing> medians,
                           MedianOfRounds(jobs, options.rounds, &progress));
   report.acceptance = last[1].acceptance();
   report.draft_time = last[1].draft_step_seconds() / last[0].verify_step_seconds();

@@ -22,11 +22,11 @@ TEST(MedianOfRoundsTest, JobsTakeTurnsAndTheFirstRoundDoesNotCount) {
   std::vector<double> seconds_of_a = {1000, 3, 9, 1};
   std::vector<double> seconds_of_b = {2000, 4, 6, 5};
   const auto job = [&order](const std::string& name, std::vector<double>* seconds, int64_t tokens) {
-    return [=, &order]() -> absl::StatusOr<Measurement> {
+    return [=, &order]() -> absl::StatusOr<Timing> {
       order.push_back(name);
       const double next = seconds->front();
       seconds->erase(seconds->begin());
-      return Measurement{
+      return Timing{
           .seconds = next, .tokens = tokens, .weight_bytes = 30 * tokens, .flops = 60 * tokens};
     };
   };
@@ -46,7 +46,7 @@ TEST(MedianOfRoundsTest, JobsTakeTurnsAndTheFirstRoundDoesNotCount) {
 TEST(MedianOfRoundsTest, AFailureEndsIt) {
   int runs = 0;
   Progress progress("test", 4);
-  const auto medians = MedianOfRounds({[&runs]() -> absl::StatusOr<Measurement> {
+  const auto medians = MedianOfRounds({[&runs]() -> absl::StatusOr<Timing> {
                                         ++runs;
                                         return absl::ResourceExhaustedError("no pages");
                                       }},
