@@ -6,6 +6,7 @@
 #include "base/bfloat16.h"
 #include "base/status_macros.h"
 #include "compress/decompose.h"
+#include "compress/error_feedback.h"
 
 namespace nestor {
 namespace {
@@ -103,12 +104,16 @@ absl::StatusOr<LayerParts> CompressLayer(const LinearSpec& spec, std::span<const
     std::transform(weights.begin(), weights.end(), std::back_inserter(parts.dense_bf16),
                    Bfloat16FromFloat);
   }
-  if (settings.dense == DenseStorage::kPlanes || settings.has_residual_ladder) {
+  if (settings.has_residual_ladder) {
     std::vector<float> energies;
     for (int64_t j = 0; j < spec.in; ++j) {
       energies.push_back(static_cast<float>(moment[static_cast<size_t>(j * spec.in + j)]));
     }
-    parts.planes = QuantisePlanes(weights, spec.out, spec.in, energies);
+    NESTOR_ASSIGN_OR_RETURN(const ErrorFeedback feedback, ErrorFeedback::Of(moment, spec.in));
+    parts.planes = QuantisePlanes(weights, spec.out, spec.in, energies, &feedback);
+  } else if (settings.dense == DenseStorage::kPlanes) {
+    // No level runs the coarse plane alone.
+    parts.planes = QuantisePlanes(weights, spec.out, spec.in);
   }
   const double energy = OutputEnergy(weights, spec.out, spec.in, moment);
   if (settings.has_residual_ladder) {

@@ -3,17 +3,29 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <utility>
 
 #include "base/bfloat16.h"
 #include "base/check.h"
+#include "compress/error_feedback.h"
 #include "kernels/nested_linear.h"
 
 namespace nestor {
 namespace {
 
-constexpr float kLargestCode = 119;  // 16 * 7 + 7: the largest code whose hi stays within 7
-constexpr float kSmallestExtremeCode = 103;
-constexpr float kExtremeCodeStep = 2;
+constexpr float kLargestCode = 119;    // 16 * 7 + 7
+constexpr float kSmallestCode = -128;  // 16 * -8
+constexpr float kSmallestHi = -8;
+constexpr float kLargestHi = 7;
+constexpr float kLargestLo = 7;
+// Codes that a group's extreme weight may get: beyond the outermost ones it is clipped.
+constexpr std::pair<float, float> kExtremeCodes[] = {{95, 149}, {-160, -103}};
+constexpr float kExtremeCodeStep = 3;
+// What the full level's error weighs beside the coarse plane's when a scale is chosen.
+constexpr float kFullErrorWeight = 16;
+// How far, in fine steps, a weight may be from the nearest of its full codes where error feedback
+// wants its coarse code to be the other neighbour.
+constexpr float kSlack = 3;
 constexpr float kLargestFactorCode = 127;
 constexpr float kCoarseStep = 16;
 
@@ -24,42 +36,70 @@ inline float Round(float value) {
 }
 
 inline float CodeOf(float weight, float scale) {
-  return std::clamp(Round(weight / scale), -kLargestCode, kLargestCode);
+  return std::clamp(Round(weight / scale), kSmallestCode, kLargestCode);
 }
 
 // floor((q + 8) / 16) of an integer q: q / 16 rounded, halves upwards.
 inline float HiOf(float code) { return Round((code + 0.5f) / kCoarseStep); }
 
-float AbsMax(const float* values, int64_t size) {
-  float largest = 0;
-  for (int64_t j = 0; j < size; ++j) largest = std::max(largest, std::fabs(values[j]));
-  return largest;
+// The hi nearest to `wanted` of those that leave a lo to `weight` that is not far from it.
+float HiWithin(float weight, float wanted, float scale) {
+  const float code = weight / scale;
+  const float reach = 0.5f + kSlack;
+  const float least = std::ceil((code - kLargestLo - reach) / kCoarseStep);
+  const float most = std::floor((code + kLargestLo + 1 + reach) / kCoarseStep);
+  const float hi = std::clamp(Round(wanted / (kCoarseStep * scale)), least, most);
+  return std::clamp(hi, kSmallestHi, kLargestHi);
 }
 
-uint16_t ScaleFor(float absmax, float extreme_code) {
-  return Bfloat16FromFloat(absmax / extreme_code);
+// The lo for `wanted`, beside `hi`.
+float LoBeside(float hi, float wanted, float scale) {
+  const float least = std::max(kSmallestCode - kCoarseStep * hi, -kLargestLo - 1);
+  return std::clamp(Round(wanted / scale), least, kLargestLo);
 }
 
-float CoarseError(const float* weights, const float* energies, int64_t size, float scale) {
-  float error = 0;
+// The value of largest magnitude, with its sign.
+float Extreme(const float* values, int64_t size) {
+  float extreme = 0;
   for (int64_t j = 0; j < size; ++j) {
-    const float difference = weights[j] - kCoarseStep * scale * HiOf(CodeOf(weights[j], scale));
-    error += energies[j] * difference * difference;
+    if (std::fabs(values[j]) > std::fabs(extreme)) extreme = values[j];
   }
-  return error;
+  return extreme;
+}
+
+uint16_t ScaleFor(float extreme, float extreme_code) {
+  return Bfloat16FromFloat(extreme / extreme_code);
+}
+
+// Of the coarse plane and of both, weighted by energies.
+float PlanesError(const float* weights, const float* energies, int64_t size, float scale) {
+  const float inverse = 1 / scale;
+  float coarse = 0;
+  float full = 0;
+  for (int64_t j = 0; j < size; ++j) {
+    const float wanted = weights[j] * inverse;
+    const float code = std::clamp(Round(wanted), kSmallestCode, kLargestCode);
+    const float coarse_difference = wanted - kCoarseStep * HiOf(code);
+    const float full_difference = wanted - code;
+    coarse += energies[j] * coarse_difference * coarse_difference;
+    full += energies[j] * full_difference * full_difference;
+  }
+  return scale * scale * (coarse + kFullErrorWeight * full);
 }
 
 uint16_t ChooseScale(const float* weights, const float* energies, int64_t size) {
-  const float absmax = AbsMax(weights, size);
-  uint16_t best = ScaleFor(absmax, kLargestCode);
+  const float extreme = Extreme(weights, size);
+  uint16_t best = ScaleFor(std::fabs(extreme), kLargestCode);
   if (energies == nullptr || FloatFromBfloat16(best) == 0) return best;
   float least = std::numeric_limits<float>::infinity();
-  for (float code = kLargestCode; code >= kSmallestExtremeCode; code -= kExtremeCodeStep) {
-    const uint16_t scale = ScaleFor(absmax, code);
-    const float error = CoarseError(weights, energies, size, FloatFromBfloat16(scale));
-    if (error < least) {
-      least = error;
-      best = scale;
+  for (const auto& [first, last] : kExtremeCodes) {
+    for (float code = first; code <= last; code += kExtremeCodeStep) {
+      const uint16_t scale = ScaleFor(extreme, code);
+      const float error = PlanesError(weights, energies, size, FloatFromBfloat16(scale));
+      if (error < least) {
+        least = error;
+        best = scale;
+      }
     }
   }
   return best;
@@ -68,6 +108,28 @@ uint16_t ChooseScale(const float* weights, const float* energies, int64_t size) 
 int NibbleAt(const std::vector<uint8_t>& plane, int64_t index) {
   const int byte = plane[static_cast<size_t>(index / 2)];
   return (index % 2 == 0 ? byte & 15 : byte >> 4) - 8;
+}
+
+void StoreNibble(int64_t index, float code, std::vector<uint8_t>* plane) {
+  const int shift = index % 2 == 0 ? 0 : 4;
+  uint8_t& pair = (*plane)[static_cast<size_t>(index / 2)];
+  pair = static_cast<uint8_t>((pair & (0xf0 >> shift)) | ((static_cast<int>(code) + 8) << shift));
+}
+
+// Replaces `values` [out, in] by what `round` makes of them, with feedback if there is any.
+template <typename Round>
+void RoundAll(std::vector<float>* values, int64_t out, int64_t in, const ErrorFeedback* feedback,
+              Round round) {
+  if (feedback != nullptr) {
+    feedback->Round(values->data(), out, round);
+    return;
+  }
+  for (int64_t i = 0; i < out; ++i) {
+    for (int64_t j = 0; j < in; ++j) {
+      float& value = (*values)[static_cast<size_t>(i * in + j)];
+      value = round(i, j, value);
+    }
+  }
 }
 
 template <typename Combine>
@@ -93,12 +155,13 @@ SplitCode Split(int code) {
 }
 
 Planes QuantisePlanes(std::span<const float> weights, int64_t out, int64_t in,
-                      std::span<const float> input_energies) {
+                      std::span<const float> input_energies, const ErrorFeedback* feedback) {
   NESTOR_CHECK(static_cast<int64_t>(weights.size()) == out * in);
   NESTOR_CHECK(input_energies.empty() || static_cast<int64_t>(input_energies.size()) == in);
   constexpr uint8_t kZeroPair = 0x88;
+  const int64_t padded = PaddedToGroup(in);
   const int64_t groups = NumGroups(in);
-  const size_t plane_bytes = static_cast<size_t>(out * PaddedToGroup(in) / 2);
+  const size_t plane_bytes = static_cast<size_t>(out * padded / 2);
   Planes planes{.out = out,
                 .in = in,
                 .coarse = std::vector<uint8_t>(plane_bytes, kZeroPair),
@@ -107,24 +170,34 @@ Planes QuantisePlanes(std::span<const float> weights, int64_t out, int64_t in,
   for (int64_t i = 0; i < out; ++i) {
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t begin = g * kGroupSize;
-      const int64_t size = std::min(kGroupSize, in - begin);
-      const float* const group = weights.data() + i * in + begin;
-      const uint16_t scale_bits = ChooseScale(
-          group, input_energies.empty() ? nullptr : input_energies.data() + begin, size);
-      planes.scales[static_cast<size_t>(i * groups + g)] = scale_bits;
-      const float scale = FloatFromBfloat16(scale_bits);
-      if (scale == 0) continue;
-      uint8_t* const coarse = planes.coarse.data() + (i * groups + g) * (kGroupSize / 2);
-      uint8_t* const fine = planes.fine.data() + (i * groups + g) * (kGroupSize / 2);
-      for (int64_t j = 0; j < size; ++j) {
-        const auto [hi, lo] = Split(static_cast<int>(CodeOf(group[j], scale)));
-        const int shift = j % 2 == 0 ? 0 : 4;
-        const int kept = 0xf0 >> shift;
-        coarse[j / 2] = static_cast<uint8_t>((coarse[j / 2] & kept) | ((hi + 8) << shift));
-        fine[j / 2] = static_cast<uint8_t>((fine[j / 2] & kept) | ((lo + 8) << shift));
-      }
+      planes.scales[static_cast<size_t>(i * groups + g)] =
+          ChooseScale(weights.data() + i * in + begin,
+                      input_energies.empty() ? nullptr : input_energies.data() + begin,
+                      std::min(kGroupSize, in - begin));
     }
   }
+  const auto scale_at = [&](int64_t i, int64_t j) {
+    return FloatFromBfloat16(planes.scales[static_cast<size_t>(i * groups + j / kGroupSize)]);
+  };
+  std::vector<float> values(weights.begin(), weights.end());
+  RoundAll(&values, out, in, feedback, [&](int64_t i, int64_t j, float wanted) {
+    const float scale = scale_at(i, j);
+    if (scale == 0) return 0.0f;
+    const float weight = weights[static_cast<size_t>(i * in + j)];
+    const float hi =
+        feedback == nullptr ? HiOf(CodeOf(wanted, scale)) : HiWithin(weight, wanted, scale);
+    StoreNibble(i * padded + j, hi, &planes.coarse);
+    return kCoarseStep * scale * hi;
+  });
+  for (size_t k = 0; k < values.size(); ++k) values[k] = weights[k] - values[k];
+  RoundAll(&values, out, in, feedback, [&](int64_t i, int64_t j, float wanted) {
+    const float scale = scale_at(i, j);
+    if (scale == 0) return 0.0f;
+    const auto hi = static_cast<float>(NibbleAt(planes.coarse, i * padded + j));
+    const float lo = LoBeside(hi, wanted, scale);
+    StoreNibble(i * padded + j, lo, &planes.fine);
+    return scale * lo;
+  });
   return planes;
 }
 
@@ -153,7 +226,7 @@ FactorCodes QuantiseFactor(std::span<const float> values, int64_t rank, int64_t 
       const int64_t begin = g * kGroupSize;
       const int64_t count = std::min(kGroupSize, size - begin);
       const float* const group = values.data() + k * size + begin;
-      const uint16_t scale_bits = ScaleFor(AbsMax(group, count), kLargestFactorCode);
+      const uint16_t scale_bits = ScaleFor(std::fabs(Extreme(group, count)), kLargestFactorCode);
       factor.scales[static_cast<size_t>(k * groups + g)] = scale_bits;
       const float scale = FloatFromBfloat16(scale_bits);
       if (scale == 0) continue;

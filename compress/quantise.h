@@ -8,7 +8,9 @@ namespace nestor {
 
 // Codes as docs/artifact_format.md defines them. Every function is pure.
 
-// One weight matrix split into two 4-bit planes: w = s (16 hi + lo), q = 16 hi + lo.
+class ErrorFeedback;
+
+// One weight matrix split into two 4-bit planes: w = s (16 hi + lo), q = 16 hi + lo in [-128, 119].
 struct Planes {
   int64_t out = 0;
   int64_t in = 0;
@@ -17,21 +19,24 @@ struct Planes {
   std::vector<uint16_t> scales;  // bf16 [out, NumGroups(in)]
 };
 
-// hi and lo of a code q in [-119, 119].
+// hi and lo of a code q in [-128, 119].
 struct SplitCode {
-  int hi = 0;  // floor((q + 8) / 16), in [-7, 7]
+  int hi = 0;  // floor((q + 8) / 16), in [-8, 7]
   int lo = 0;  // q - 16 hi, in [-8, 7]
 };
 SplitCode Split(int code);
 
-// Quantises `weights` [out, in] in groups of 32 inputs. A group's scale is bf16(absmax / 119).
-// With `input_energies` [in] (E[x_j^2], the diagonal of the second moment) it is the largest-error
-// saver among absmax / {119, 117, ..., 103}: the one whose coarse plane alone has the smallest
-// error weighted by them; the extreme then may fall on a coarse step, for a full code that is at
-// most an eighth coarser.
+// Quantises `weights` [out, in] in groups of 32 inputs. A group's scale is bf16(absmax / 119). With
+// `input_energies` [in] (E[x_j^2], the diagonal of the second moment) it is the one whose planes
+// have the smallest error weighted by them, the full one's counted sixteen times, among those that
+// give the extreme weight a code in [95, 149] or [-160, -103]. So it may be negative, which lets
+// the extreme have the outermost code of either side, and may clip it.
+// hi and lo are those nearest to each weight; with `feedback`, hi is chosen for the coarse plane's
+// output, within three fine steps of what lo can reach, and lo then for the sum's.
 // REQUIRES: weights are finite.
 Planes QuantisePlanes(std::span<const float> weights, int64_t out, int64_t in,
-                      std::span<const float> input_energies = {});
+                      std::span<const float> input_energies = {},
+                      const ErrorFeedback* feedback = nullptr);
 
 // out[i, j] = 16 s hi, or s (16 hi + lo). [out, in] without padding.
 std::vector<float> DequantiseCoarse(const Planes& planes);

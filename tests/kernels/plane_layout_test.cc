@@ -10,18 +10,19 @@
 namespace nestor {
 namespace {
 
-// 239 outputs of 37 inputs: code q of [-119, 119] stands at every position of a group in turn.
+// 248 outputs of 37 inputs: code q of [-128, 119] stands at every position of a group in turn.
 class PlaneLayout : public ::testing::Test {
  protected:
-  static constexpr int64_t kOut = 239;
+  static constexpr int64_t kOut = 248;
   static constexpr int64_t kIn = 37;
   static constexpr int64_t kRowBytes = 32;  // two groups
 
   static int CodeAt(int64_t row, int64_t col) {
-    return static_cast<int>((row + 7 * col) % 239) - 119;
+    return static_cast<int>((row + 7 * col) % 248) - 128;
   }
   static float ScaleAt(int64_t row, int64_t group) {
-    return 0.5f + 0.25f * static_cast<float>((row + group) % 3);  // exact in bf16
+    const float scale = 0.5f + 0.25f * static_cast<float>((row + group) % 3);  // exact in bf16
+    return row % 2 == 0 ? scale : -scale;
   }
 
   PlaneLayout() : coarse_(kOut * kRowBytes, 0x88), fine_(kOut * kRowBytes, 0x88) {
@@ -30,7 +31,7 @@ class PlaneLayout : public ::testing::Test {
         const int q = CodeAt(row, col);
         const int hi = (q + 8 + 1600) / 16 - 100;  // floor((q + 8) / 16)
         const int lo = q - 16 * hi;
-        EXPECT_GE(hi, -7);
+        EXPECT_GE(hi, -8);
         EXPECT_LE(hi, 7);
         EXPECT_GE(lo, -8);
         EXPECT_LE(lo, 7);
@@ -79,7 +80,7 @@ TEST_F(PlaneLayout, EveryCodeComesBackAsFloatsInEveryInstructionSet) {
   const PackedLinear layer = PackLinear(Weights(), &arena).value();
   for (const CpuInstructionSet set : RunnableInstructionSets()) {
     const CpuKernels& kernels = KernelsFor(set);
-    for (int64_t panel = 0; panel < 15; ++panel) {
+    for (int64_t panel = 0; panel < 16; ++panel) {
       alignas(64) float dense[64 * 16];
       alignas(64) float coarse[64 * 16];
       std::fill_n(dense, 64 * 16, -1e9f);

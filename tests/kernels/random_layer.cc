@@ -51,7 +51,7 @@ RandomLayer::Factors RandomLayer::MakeFactors(int64_t rank, int64_t out, int64_t
 RandomLayer::RandomLayer(const Shape& shape, uint32_t seed) : shape_(shape) {
   std::mt19937 random(seed);
   std::uniform_real_distribution<float> weight(-1.0f, 1.0f);
-  std::uniform_int_distribution<int> code(-119, 119);
+  std::uniform_int_distribution<int> code(-128, 119);
   const int64_t out = shape.out;
   const int64_t in = shape.in;
   if (shape.dense == DenseStorage::kF32) {
@@ -81,7 +81,11 @@ RandomLayer::RandomLayer(const Shape& shape, uint32_t seed) : shape_(shape) {
       }
     }
     scales_.resize(out * NumGroups(in));
-    for (uint16_t& scale : scales_) scale = RandomScale(&random);
+    // Those of planes may be negative.
+    for (uint16_t& scale : scales_) {
+      scale = RandomScale(&random);
+      if (random() % 2 == 0) scale |= 0x8000;
+    }
   }
   residual_ = MakeFactors(shape.residual_rank, out, in, seed + 1);
   prefix_ = MakeFactors(shape.prefix_rank, out, in, seed + 2);
