@@ -132,6 +132,21 @@ absl::Status TensorSpill::Add(const std::string& name, DType dtype, std::vector<
   return WriteAt(offset, bytes);
 }
 
+absl::StatusOr<std::vector<std::byte>> TensorSpill::Read(const std::string& name) const {
+  Slot slot;
+  {
+    const MutexLock lock(&mutex_);
+    const auto found = slots_.find(name);
+    NESTOR_CHECK(found != slots_.end());
+    slot = found->second;
+  }
+  int64_t size = BytesOf(slot.dtype);
+  for (const int64_t extent : slot.shape) size *= extent;
+  std::vector<std::byte> bytes(static_cast<size_t>(size));
+  NESTOR_RETURN_IF_ERROR(ReadAt(slot.offset, bytes));
+  return bytes;
+}
+
 absl::Status TensorSpill::Replace(const std::string& name, std::span<const std::byte> bytes) {
   int64_t offset = 0;
   {
@@ -144,6 +159,17 @@ absl::Status TensorSpill::Replace(const std::string& name, std::span<const std::
     offset = found->second.offset;
   }
   return WriteAt(offset, bytes);
+}
+
+absl::Status TensorSpill::ReadAt(int64_t offset, std::span<std::byte> bytes) const {
+  while (!bytes.empty()) {
+    const ssize_t n = ::pread(fd_, bytes.data(), bytes.size(), offset);
+    if (n < 0 && errno == EINTR) continue;
+    if (n <= 0) return FileError(path_, n == 0 ? EIO : errno);
+    bytes = bytes.subspan(static_cast<size_t>(n));
+    offset += n;
+  }
+  return absl::OkStatus();
 }
 
 absl::Status TensorSpill::WriteAt(int64_t offset, std::span<const std::byte> bytes) const {
@@ -182,14 +208,7 @@ absl::StatusOr<std::map<std::string, std::string>> TensorSpill::WriteTensors(
     int64_t size = BytesOf(entry.dtype);
     for (const int64_t dimension : entry.shape) size *= dimension;
     bytes.resize(static_cast<size_t>(size));
-    int64_t done = 0;
-    while (done < size) {
-      const ssize_t n = ::pread(fd_, bytes.data() + done, static_cast<size_t>(size - done),
-                                slots.at(entry.name).offset + done);
-      if (n < 0 && errno == EINTR) continue;
-      if (n <= 0) return FileError(path_, n == 0 ? EIO : errno);
-      done += n;
-    }
+    NESTOR_RETURN_IF_ERROR(ReadAt(slots.at(entry.name).offset, bytes));
     NESTOR_RETURN_IF_ERROR(writer->Write(entry.name, bytes));
   }
   NESTOR_RETURN_IF_ERROR(writer->Finish());

@@ -27,6 +27,8 @@ class TensorSpill {
 
   absl::Status Add(const std::string& name, DType dtype, std::vector<int64_t> shape,
                    std::span<const std::byte> bytes);
+  // The bytes of a tensor. REQUIRES: that it was added.
+  absl::StatusOr<std::vector<std::byte>> Read(const std::string& name) const;
   // Overwrites a tensor that was added. REQUIRES: the same number of bytes.
   absl::Status Replace(const std::string& name, std::span<const std::byte> bytes);
   // Writes everything to a safetensors file at `path`: of the tensors in `kept_rows` that many
@@ -41,6 +43,7 @@ class TensorSpill {
     int64_t offset;
   };
   TensorSpill(std::string path, int descriptor);
+  absl::Status ReadAt(int64_t offset, std::span<std::byte> bytes) const;
   absl::Status WriteAt(int64_t offset, std::span<const std::byte> bytes) const;
   const std::string path_;
   const int fd_;

@@ -173,7 +173,12 @@ absl::StatusOr<std::unique_ptr<TensorFile>> TensorFile::Open(const std::vector<s
     const std::span<const std::byte> data = file.bytes().subspan(header.data_begin);
     std::vector<std::pair<std::string, TensorView>> of_this_file;
     for (const auto& [name, entry] : header.json.items()) {
-      if (name == "__metadata__") continue;
+      if (name == "__metadata__") {
+        for (const auto& [key, value] : entry.items()) {
+          if (value.is_string()) result->metadata_[key] = value;
+        }
+        continue;
+      }
       NESTOR_ASSIGN_OR_RETURN(TensorView view, ReadEntry(path, name, entry, data));
       of_this_file.emplace_back(name, std::move(view));
     }

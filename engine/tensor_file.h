@@ -50,6 +50,8 @@ class TensorFile {
   absl::StatusOr<std::vector<float>> GetFloats(const std::string& name,
                                                const std::vector<int64_t>& expected_shape) const;
   const std::map<std::string, TensorView>& tensors() const { return tensors_; }
+  // What `__metadata__` of the files' headers says.
+  const std::map<std::string, std::string>& metadata() const { return metadata_; }
   const std::vector<std::string>& paths() const { return paths_; }
   // Gives the files' pages back to the system, once what is needed of them has been copied.
   void DropPages() const;
@@ -59,6 +61,7 @@ class TensorFile {
   std::vector<std::string> paths_;
   std::vector<MappedFile> files_;
   std::map<std::string, TensorView> tensors_;
+  std::map<std::string, std::string> metadata_;
 };
 
 // Writes a safetensors file tensor by tensor; only one tensor is in memory at a time.
