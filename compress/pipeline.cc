@@ -28,6 +28,7 @@
 #include "base/status_macros.h"
 #include "compress/activations.h"
 #include "compress/calibrate.h"
+#include "compress/delta.h"
 #include "compress/divergence.h"
 #include "compress/evaluate.h"
 #include "compress/export.h"
@@ -196,12 +197,13 @@ class Compression {
   bool has_prefix() const { return options_.ladder != LadderChoice::kResidual; }
   bool may_be_gar(const LadderPlan& ladder, int64_t level) const {
     const std::optional<std::vector<int>>& chosen = options_.gar_levels;
-    return ladder.name != "residual" &&
+    return ladder.name != "residual" && options_.delta.empty() &&
            (!chosen.has_value() || std::count(chosen->begin(), chosen->end(), level) > 0);
   }
-  // On some level.
+  // On some level. A delta's terms are components of plain factors.
   bool may_be_gar() const {
-    return has_prefix() && (!options_.gar_levels.has_value() || !options_.gar_levels->empty());
+    return has_prefix() && options_.delta.empty() &&
+           (!options_.gar_levels.has_value() || !options_.gar_levels->empty());
   }
   bool is_measured() const { return options_.search.method == RankSearch::kMeasured; }
   // Of one layer, attention apart.
@@ -218,6 +220,7 @@ class Compression {
 
   std::unique_ptr<NestedModel> source_;
   std::string source_sha256_;
+  std::optional<Delta> delta_;
   int64_t self_sample_tokens_ = 0;
   std::unique_ptr<Engine> source_engine_;
   Corpus corpus_;
@@ -295,6 +298,16 @@ absl::Status Compression::CheckGarLevels() const {
 
 absl::Status Compression::CheckSearch() const {
   const RankSearchOptions& search = options_.search;
+  if (!options_.delta.empty() && (!has_prefix() || options_.ladder == LadderChoice::kMixed)) {
+    return absl::InvalidArgumentError("delta: needs a prefix ladder");
+  }
+  if (!options_.delta.empty() && (is_measured() || !search.costs.empty())) {
+    return absl::InvalidArgumentError(
+        "delta: names the levels itself; neither costs nor a measured search may be given");
+  }
+  if (!options_.delta.empty() && options_.gar_levels.has_value() && !options_.gar_levels->empty()) {
+    return absl::InvalidArgumentError("delta: its levels run plain factors; no gar levels");
+  }
   if (!is_measured() && options_.ladder == LadderChoice::kMixed) {
     return absl::InvalidArgumentError("search: a mixed ladder needs a measured search");
   }
@@ -337,6 +350,9 @@ absl::Status Compression::OpenSource() {
       options_.self_sample_tokens.value_or(is_encoder ? 0 : options_.corpus.calibration_tokens);
   NESTOR_RETURN_IF_ERROR(CheckFinite(*source_));
   NESTOR_ASSIGN_OR_RETURN(source_sha256_, Sha256OfFiles(source_->tensors().paths()));
+  if (!options_.delta.empty()) {
+    NESTOR_ASSIGN_OR_RETURN(delta_, ReadDelta(options_.delta, source_sha256_, source_->layers()));
+  }
   inputs_ = LayerInputsOf(source_->layers());
   float_activations_.assign(source_->layers().size(), options_.activations == Activations::kFloat);
   NESTOR_ASSIGN_OR_RETURN(std::unique_ptr<NestedModel> model, NestedModel::Open(options_.source));
@@ -491,6 +507,7 @@ absl::Status Compression::ForEachLayer(const std::string& label,
 absl::Status Compression::WeightErrors() {
   if (is_measured()) return ProbeLayers();
   for (LadderPlan& ladder : ladders_) {
+    if (delta_.has_value() && ladder.name == "prefix") continue;
     if (ladder.search == RankSearch::kSensitivity && options_.allocate == nullptr) {
       NESTOR_RETURN_IF_ERROR(WeightBySensitivity(&ladder));
     }
@@ -725,7 +742,9 @@ absl::StatusOr<std::vector<Level>> Compression::ChooseLevels() {
   for (const LadderPlan& ladder : ladders_) {
     NESTOR_RETURN_IF_ERROR(CheckCosts(ladder));
     const std::vector<int64_t> targets = TargetsOf(ladder);
-    const std::vector<Profile> profiles = Allocate(ladder, targets);
+    const std::vector<Profile> profiles = delta_.has_value() && ladder.name == "prefix"
+                                              ? delta_->profiles
+                                              : Allocate(ladder, targets);
     Profile last;
     for (size_t i = 0; i < profiles.size(); ++i) {
       // A small model may have nothing between two targets.
@@ -1031,6 +1050,10 @@ absl::StatusOr<CompressReport> Compression::Run() {
     if (is_measured()) NESTOR_RETURN_IF_ERROR(CompareLosses(levels));
     if (options_.refit_tokens > 0) NESTOR_RETURN_IF_ERROR(RefitPrefix(levels));
     if (may_be_gar()) NESTOR_RETURN_IF_ERROR(RunGarPairs(&levels));
+    if (delta_.has_value()) {
+      NESTOR_RETURN_IF_ERROR(ApplyDelta(*delta_, source_->layers(), spill_.get()));
+      NESTOR_RETURN_IF_ERROR(WriteParts(levels));
+    }
     NESTOR_RETURN_IF_ERROR(ChooseActivations(levels));
     NESTOR_ASSIGN_OR_RETURN(const std::vector<Level> measured, MeasureLevels(levels));
     report_.levels = WithoutInversions(measured, &report_.notes);

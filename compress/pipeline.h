@@ -63,6 +63,9 @@ struct CompressOptions {
   // pairs where a layer's prefix is cheaper so; unset: all.
   std::optional<std::vector<int>> gar_levels;
   RankSearchOptions search;
+  // A file of consolidate/, empty for none: it names the prefix ladder's levels and improves them
+  // (delta.h).
+  std::string delta;
   // Layers whose inputs stay floats: chosen by measurement, none, or all.
   Activations activations = Activations::kAuto;
   int threads = 1;  // layers decomposed side by side

@@ -1,0 +1,34 @@
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "compress/export.h"
+#include "compress/layer.h"
+#include "engine/model_spec.h"
+#include "engine/nested_model.h"
+
+namespace nestor {
+
+// What training adds to a prefix ladder (docs/ladders.md): of each layer a term U V in its own
+// input and output space, quantised, and the profiles of the levels that it was trained for. The
+// components of the term come before those of the layer's prefix factors, so that a level of rank
+// r runs the term and the first r - k components of the weight.
+struct Delta {
+  std::vector<Profile> profiles;  // forms dense and prefix, nested, cheapest first
+  std::vector<FactorPair> terms;  // by layer; of rank 0 where it has none
+};
+
+// Reads a delta that consolidate/ wrote. `source_sha256` and `layers` are those of the checkpoint
+// that it is meant for. INVALID_ARGUMENT names the file, what does not fit (another checkpoint, a
+// tensor's shape, a value that is not finite, a rank below that of the term) and what was expected.
+absl::StatusOr<Delta> ReadDelta(const std::string& path, const std::string& source_sha256,
+                                const std::vector<LinearSpec>& layers);
+
+// Puts the terms before the prefix factors in `spill`, whose last components make room.
+absl::Status ApplyDelta(const Delta& delta, const std::vector<LinearSpec>& layers,
+                        TensorSpill* spill);
+
+}  // namespace nestor

@@ -1,0 +1,357 @@
+#include "compress/delta.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <random>
+
+#include "base/bfloat16.h"
+#include "base/checksum.h"
+#include "base/file.h"
+#include "compress/pipeline.h"
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "kernels/cpu/cpu_backend.h"
+#include "nlohmann/json.hpp"
+#include "tests/testing/temporary_directory.h"
+#include "tests/testing/tiny_checkpoint.h"
+
+namespace nestor {
+namespace {
+
+using Json = nlohmann::json;
+using testing::AllOf;
+using testing::HasSubstr;
+
+constexpr int64_t kRank = 2;
+
+std::string Words(int lines, uint64_t seed) {
+  std::mt19937_64 random(seed);
+  std::string text;
+  for (int i = 0; i < lines * 4; ++i) {
+    for (uint64_t letters = 2 + random() % 6; letters > 0; --letters) {
+      text += static_cast<char>('a' + random() % 26);
+    }
+    text += i % 4 < 3 ? ' ' : '\n';
+  }
+  return text;
+}
+
+// What a delta file says, free to be damaged before it is written.
+struct DeltaFile {
+  Json metadata;
+  std::map<std::string, std::pair<std::vector<int64_t>, std::vector<float>>> tensors;
+
+  absl::Status Write(const std::string& path) const {
+    Json header = {{"__metadata__", metadata}};
+    std::string data;
+    for (const auto& [name, tensor] : tensors) {
+      const size_t begin = data.size();
+      for (const float value : tensor.second) {
+        const uint16_t bits = Bfloat16FromFloat(value);
+        data.append(reinterpret_cast<const char*>(&bits), sizeof(bits));
+      }
+      header[name] = {
+          {"dtype", "BF16"}, {"shape", tensor.first}, {"data_offsets", {begin, data.size()}}};
+    }
+    const std::string text = header.dump();
+    const uint64_t length = text.size();
+    std::string file(reinterpret_cast<const char*>(&length), sizeof(length));
+    return WriteFileAtomically(path, file + text + data);
+  }
+};
+
+class DeltaTest : public testing::Test {
+ protected:
+  void SetUp() override {
+    ASSERT_TRUE(WriteTinyLlama(Path("llama")).ok());
+    ASSERT_TRUE(WriteFileAtomically(Path("text.txt"), Words(800, 1)).ok());
+    ASSERT_TRUE(WriteFileAtomically(Path("held_out.txt"), Words(100, 2)).ok());
+    auto source = NestedModel::Open(Path("llama"));
+    ASSERT_TRUE(source.ok()) << source.status();
+    layers_ = (*source)->layers();
+    auto sha256 = Sha256OfFiles((*source)->tensors().paths());
+    ASSERT_TRUE(sha256.ok());
+    sha256_ = *sha256;
+  }
+
+  std::string Path(const std::string& name) const { return directory_.path() + "/" + name; }
+
+  CompressOptions Options(const std::string& output) const {
+    CompressOptions options;
+    options.source = Path("llama");
+    options.output = Path(output);
+    options.ladder = LadderChoice::kPrefix;
+    options.levels = 2;
+    options.corpus.calibration_paths = {Path("text.txt")};
+    options.corpus.evaluation_path = Path("held_out.txt");
+    options.corpus.calibration_tokens = 2560;
+    // So few that no level is left out for measuring worse than a cheaper one.
+    options.evaluation_tokens = 64;
+    options.self_sample_tokens = 0;
+    options.make_backend = [] { return MakeCpuBackend({.num_threads = 1}); };
+    return options;
+  }
+
+  // Random terms for every layer, and levels at ranks 8 and 16 but for the first layer, which is
+  // dense on the upper one.
+  DeltaFile ValidFile() const {
+    std::mt19937_64 random(7);
+    std::normal_distribution<float> normal(0, 0.1f);
+    DeltaFile file;
+    Json names = Json::array();
+    Json levels = Json::array();
+    for (const int64_t rank : {8, 16}) {
+      std::vector<std::string> forms(layers_.size(), "prefix");
+      std::vector<int64_t> ranks(layers_.size(), rank);
+      if (rank == 16) {
+        forms[0] = "dense";
+        ranks[0] = 0;
+      }
+      levels.push_back({{"forms", forms}, {"ranks", ranks}});
+    }
+    for (const LinearSpec& layer : layers_) {
+      names.push_back(layer.name);
+      for (const auto& [part, size] : {std::pair(".a", layer.in), std::pair(".bt", layer.out)}) {
+        std::vector<float> values;
+        for (int64_t i = 0; i < kRank * size; ++i) values.push_back(normal(random));
+        file.tensors[layer.name + part] = {{kRank, size}, values};
+      }
+    }
+    file.metadata = {{"format", "nestor-delta"},
+                     {"version", "1"},
+                     {"source_sha256", sha256_},
+                     {"layers", names.dump()},
+                     {"levels", levels.dump()}};
+    return file;
+  }
+
+  // The message with which a file, damaged in one way, is refused.
+  std::string Refusal(const std::function<void(DeltaFile*)>& damage) const {
+    DeltaFile file = ValidFile();
+    damage(&file);
+    EXPECT_TRUE(file.Write(Path("damaged.safetensors")).ok());
+    const auto delta = ReadDelta(Path("damaged.safetensors"), sha256_, layers_);
+    EXPECT_EQ(delta.status().code(), absl::StatusCode::kInvalidArgument) << delta.status();
+    return std::string(delta.status().message());
+  }
+
+  // Puts one entry in place of another in a list of a level.
+  static void SetInLevel(DeltaFile* file, size_t level, const char* key, size_t i, Json value) {
+    Json levels = Json::parse(file->metadata["levels"].get<std::string>());
+    levels[level][key][i] = std::move(value);
+    file->metadata["levels"] = levels.dump();
+  }
+
+  TemporaryDirectory directory_;
+  std::vector<LinearSpec> layers_;
+  std::string sha256_;
+};
+
+// The terms of a valid file, multiplied out; [out, in].
+std::vector<double> Product(const std::vector<float>& a, const std::vector<float>& bt, int64_t out,
+                            int64_t in) {
+  std::vector<double> product(static_cast<size_t>(out * in));
+  for (int64_t k = 0; k < kRank; ++k) {
+    for (int64_t i = 0; i < out; ++i) {
+      for (int64_t j = 0; j < in; ++j) {
+        product[static_cast<size_t>(i * in + j)] +=
+            static_cast<double>(bt[static_cast<size_t>(k * out + i)]) *
+            a[static_cast<size_t>(k * in + j)];
+      }
+    }
+  }
+  return product;
+}
+
+std::vector<float> FirstRows(const int8_t* codes, const uint16_t* scales, int64_t rows,
+                             int64_t size) {
+  std::vector<float> values;
+  for (int64_t k = 0; k < rows; ++k) {
+    for (int64_t j = 0; j < size; ++j) {
+      values.push_back(FloatFromBfloat16(scales[k * NumGroups(size) + j / kGroupSize]) *
+                       static_cast<float>(codes[k * PaddedToGroup(size) + j]));
+    }
+  }
+  return values;
+}
+
+TEST_F(DeltaTest, TermsComeFirstAtItsLevelsAndTheWeightsComponentsFollow) {
+  const DeltaFile file = ValidFile();
+  ASSERT_TRUE(file.Write(Path("terms.safetensors")).ok());
+  // The same levels, so that factors are refitted alike, and terms that are zero.
+  DeltaFile zeros = file;
+  for (auto& [name, tensor] : zeros.tensors) {
+    std::fill(tensor.second.begin(), tensor.second.end(), 0.0f);
+  }
+  ASSERT_TRUE(zeros.Write(Path("zeros.safetensors")).ok());
+  std::unique_ptr<NestedModel> models[2];
+  for (const auto& [i, name] : {std::pair(0, "terms"), std::pair(1, "zeros")}) {
+    CompressOptions options = Options(name);
+    options.delta = Path(std::string(name) + ".safetensors");
+    const auto report = Compress(options);
+    ASSERT_TRUE(report.ok()) << report.status();
+    auto model = NestedModel::Open(options.output);
+    ASSERT_TRUE(model.ok()) << model.status();
+    models[i] = *std::move(model);
+  }
+  // With random terms the other level may measure worse and be left out.
+  EXPECT_EQ(models[0]->levels()[0].profile[0], (FormAndRank{Form::kPrefix, 8}));
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    const LinearSpec& layer = layers_[i];
+    std::vector<float> scratch[2];
+    auto with = models[0]->Weights(i, &scratch[0]);
+    auto without = models[1]->Weights(i, &scratch[1]);
+    ASSERT_TRUE(with.ok() && without.ok());
+    const FactorView& factors = with->prefix;
+    ASSERT_EQ(factors.max_rank, i == 0 ? 8 : 16);
+    const std::vector<double> expected =
+        Product(file.tensors.at(layer.name + ".a").second,
+                file.tensors.at(layer.name + ".bt").second, layer.out, layer.in);
+    const std::vector<double> stored =
+        Product(FirstRows(factors.a, factors.a_scales, kRank, layer.in),
+                FirstRows(factors.bt, factors.bt_scales, kRank, layer.out), layer.out, layer.in);
+    double error = 0, energy = 0;
+    for (size_t j = 0; j < expected.size(); ++j) {
+      error += (stored[j] - expected[j]) * (stored[j] - expected[j]);
+      energy += expected[j] * expected[j];
+    }
+    EXPECT_LT(std::sqrt(error / energy), 0.02) << layer.name;  // int8 on both sides
+    const int64_t rest = factors.max_rank - kRank;
+    EXPECT_EQ(std::memcmp(factors.a + kRank * PaddedToGroup(layer.in),
+                          without->prefix.a + kRank * PaddedToGroup(layer.in),
+                          static_cast<size_t>(rest * PaddedToGroup(layer.in))),
+              0)
+        << layer.name;
+    EXPECT_EQ(std::memcmp(factors.bt_scales + kRank * NumGroups(layer.out),
+                          without->prefix.bt_scales + kRank * NumGroups(layer.out),
+                          static_cast<size_t>(rest * NumGroups(layer.out)) * sizeof(uint16_t)),
+              0)
+        << layer.name;
+  }
+}
+
+TEST_F(DeltaTest, ItsLevelsAreRead) {
+  ASSERT_TRUE(ValidFile().Write(Path("terms.safetensors")).ok());
+  const auto delta = ReadDelta(Path("terms.safetensors"), sha256_, layers_);
+  ASSERT_TRUE(delta.ok()) << delta.status();
+  ASSERT_EQ(delta->profiles.size(), 2u);
+  EXPECT_EQ(delta->profiles[0], Profile(layers_.size(), {Form::kPrefix, 8}));
+  EXPECT_EQ(delta->profiles[1][0], (FormAndRank{Form::kDense, 0}));
+  EXPECT_EQ(delta->profiles[1][1], (FormAndRank{Form::kPrefix, 16}));
+  ASSERT_EQ(delta->terms.size(), layers_.size());
+  EXPECT_EQ(delta->terms[0].a.rank, kRank);
+  EXPECT_EQ(delta->terms[0].bt.size, layers_[0].out);
+}
+
+TEST_F(DeltaTest, ComponentsAfterTheTermsAreThoseOfAPlainLadder) {
+  const auto plain = Compress(Options("plain"));
+  ASSERT_TRUE(plain.ok()) << plain.status();
+  // The plain ladder's own levels, with terms where a layer runs enough components.
+  DeltaFile file = ValidFile();
+  Json levels = Json::array();
+  for (const Level& level : plain->levels) {
+    if (level.ladder != "prefix") continue;
+    Json forms = Json::array(), ranks = Json::array();
+    for (const FormAndRank& choice : level.profile) {
+      forms.push_back(NameOf(choice.form));
+      ranks.push_back(choice.rank);
+    }
+    levels.push_back({{"forms", forms}, {"ranks", ranks}});
+  }
+  ASSERT_FALSE(levels.empty());
+  file.metadata["levels"] = levels.dump();
+  ASSERT_TRUE(file.Write(Path("terms.safetensors")).ok());
+  CompressOptions options = Options("with");
+  options.delta = Path("terms.safetensors");
+  const auto report = Compress(options);
+  ASSERT_TRUE(report.ok()) << report.status();
+  auto without = NestedModel::Open(Path("plain"));
+  auto with = NestedModel::Open(Path("with"));
+  ASSERT_TRUE(without.ok() && with.ok()) << without.status() << with.status();
+  int compared = 0;
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    std::vector<float> scratch[2];
+    auto a = (*without)->Weights(i, &scratch[0]);
+    auto b = (*with)->Weights(i, &scratch[1]);
+    ASSERT_TRUE(a.ok() && b.ok());
+    const int64_t rest = std::min(a->prefix.max_rank, b->prefix.max_rank) - kRank;
+    if (rest <= 0) continue;
+    const size_t size = static_cast<size_t>(rest * PaddedToGroup(layers_[i].in));
+    EXPECT_EQ(std::memcmp(b->prefix.a + kRank * PaddedToGroup(layers_[i].in), a->prefix.a, size), 0)
+        << layers_[i].name;
+    ++compared;
+  }
+  EXPECT_GT(compared, 5);
+}
+
+TEST_F(DeltaTest, AnotherCheckpointIsRefused) {
+  const auto refusal = Refusal([](DeltaFile* file) { file->metadata["source_sha256"] = "abc"; });
+  EXPECT_THAT(refusal, AllOf(HasSubstr("damaged.safetensors"), HasSubstr("source_sha256: abc"),
+                             HasSubstr(sha256_)));
+}
+
+TEST_F(DeltaTest, WhatIsNoDeltaIsRefused) {
+  EXPECT_THAT(Refusal([](DeltaFile* file) { file->metadata = Json::object(); }),
+              HasSubstr("metadata format: absent, expected nestor-delta"));
+  EXPECT_THAT(Refusal([](DeltaFile* file) { file->metadata["version"] = "2"; }),
+              HasSubstr("metadata version: 2, expected 1"));
+  EXPECT_THAT(Refusal([](DeltaFile* file) { file->metadata["levels"] = "[[["; }),
+              HasSubstr("metadata levels: expected a list"));
+}
+
+TEST_F(DeltaTest, TensorsThatDoNotFitAreRefused) {
+  const std::string name = layers_[1].name;
+  EXPECT_THAT(Refusal([&](DeltaFile* file) {
+                auto& [shape, values] = file->tensors[name + ".a"];
+                shape[1] -= 1;
+                values.resize(static_cast<size_t>(shape[0] * shape[1]));
+              }),
+              HasSubstr(name + ".a: shape"));
+  EXPECT_THAT(Refusal([&](DeltaFile* file) {
+                file->tensors[name + ".a"].second[3] = std::numeric_limits<float>::quiet_NaN();
+              }),
+              AllOf(HasSubstr(name + ".a"), HasSubstr("not finite")));
+  EXPECT_THAT(
+      Refusal([&](DeltaFile* file) {
+        const int64_t in = layers_[1].in;
+        file->tensors[name + ".a"] = {{60, in}, std::vector<float>(static_cast<size_t>(60 * in))};
+      }),
+      HasSubstr(name + ".a: 60 components, expected 1 to"));
+  EXPECT_THAT(Refusal([&](DeltaFile* file) {
+                file->tensors["other.a"] = {{1}, {1.0f}};
+              }),
+              HasSubstr("other.a: belongs to no layer"));
+}
+
+TEST_F(DeltaTest, LayersOfAnotherModelAreRefused) {
+  EXPECT_THAT(Refusal([](DeltaFile* file) { file->metadata["layers"] = "[\"x\"]"; }),
+              HasSubstr("layers: 1 of them, the model has"));
+}
+
+TEST_F(DeltaTest, LevelsThatDoNotFitAreRefused) {
+  EXPECT_THAT(Refusal([](DeltaFile* file) { SetInLevel(file, 0, "ranks", 2, 1); }),
+              AllOf(HasSubstr("levels[0].ranks[2]: 1"), HasSubstr("a count from 2")));
+  EXPECT_THAT(Refusal([](DeltaFile* file) { SetInLevel(file, 1, "ranks", 2, 4000); }),
+              HasSubstr("levels[1].ranks[2]: 4000"));
+  EXPECT_THAT(Refusal([](DeltaFile* file) { SetInLevel(file, 1, "forms", 2, "residual"); }),
+              HasSubstr("levels[1].forms[2]: \"residual\", expected dense or prefix"));
+  EXPECT_THAT(Refusal([](DeltaFile* file) { SetInLevel(file, 1, "ranks", 2, 4); }),
+              AllOf(HasSubstr("levels[1]"), HasSubstr("less than one level below")));
+}
+
+TEST_F(DeltaTest, OptionsThatContradictItAreRefused) {
+  CompressOptions options = Options("out");
+  options.delta = Path("any.safetensors");
+  options.ladder = LadderChoice::kResidual;
+  EXPECT_THAT(std::string(Compress(options).status().message()), HasSubstr("a prefix ladder"));
+  options.ladder = LadderChoice::kPrefix;
+  options.search.costs = {0.8};
+  EXPECT_THAT(std::string(Compress(options).status().message()),
+              HasSubstr("names the levels itself"));
+}
+
+}  // namespace
+}  // namespace nestor
