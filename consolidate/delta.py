@@ -1,0 +1,135 @@
+"""The delta file: low-rank terms in the layers' own input and output spaces, and the profiles that
+they were trained for (docs/ladders.md)."""
+
+import json
+import os
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from consolidate.artifact import Artifact, ArtifactError, quantise_factor, read_metadata
+
+FORMAT, VERSION = "nestor-delta", "1"
+
+
+# A term takes the place of at most this share of the components that the cheapest level runs.
+LARGEST_SHARE = 4
+
+
+def ranks_for(artifact: Artifact, levels: list[int], rank: int) -> list[int]:
+    """Components of each layer's term: `rank`, less where a level's own rank is small, none where
+    the layer is dense at all of `levels`, and none for a head, whose outputs would fill the file.
+    """
+    ranks = []
+    head = None if artifact.is_encoder else len(artifact.layers) - 1
+    for i in range(len(artifact.layers)):
+        runs = [
+            artifact.levels[level].ranks[i]
+            for level in levels
+            if artifact.levels[level].forms[i] == "prefix"
+        ]
+        ranks.append(min(rank, min(runs) // LARGEST_SHARE) if runs and i != head else 0)
+    return ranks
+
+
+def largest_ranks(artifact: Artifact, levels: list[int], limit: int) -> list[int]:
+    """ranks_for the largest rank whose terms take at most `limit` bytes."""
+    rank = 0
+    while rank < 256 and size_of(artifact, ranks_for(artifact, levels, rank + 1)) <= limit:
+        rank += 1
+    return ranks_for(artifact, levels, rank)
+
+
+def size_of(artifact: Artifact, ranks: list[int]) -> int:
+    """Bytes of the tensors of a delta of these ranks."""
+    return sum(2 * rank * (layer.out + layer.in_) for rank, layer in zip(ranks, artifact.layers))
+
+
+def _balanced(a: torch.Tensor, bt: torch.Tensor):
+    """The same sum of components, in the order of their size and with equal norms on both sides."""
+    qa, ra = torch.linalg.qr(a.double().T)
+    qb, rb = torch.linalg.qr(bt.double().T)
+    u, s, vt = torch.linalg.svd(rb @ ra.T)
+    root = s.sqrt()
+    return ((qa @ vt.T) * root).T, ((qb @ u) * root).T
+
+
+def save(path, artifact: Artifact, levels: list[int], terms: dict[str, tuple]):
+    """Writes the terms (a [k, in], bt [k, out] by layer name) by way of PATH.partial."""
+    tensors = {}
+    for name, (a, bt) in terms.items():
+        if a.shape[0] == 0:
+            continue
+        a, bt = _balanced(a.detach().cpu(), bt.detach().cpu())
+        tensors[f"{name}.a"] = a.to(torch.bfloat16).contiguous()
+        tensors[f"{name}.bt"] = bt.to(torch.bfloat16).contiguous()
+    profiles = [
+        {
+            "relative_flops": artifact.levels[level].relative_flops,
+            "forms": artifact.levels[level].forms,
+            "ranks": artifact.levels[level].ranks,
+        }
+        for level in sorted(levels, key=lambda level: artifact.levels[level].relative_flops)
+    ]
+    metadata = {
+        "format": FORMAT,
+        "version": VERSION,
+        "source_sha256": artifact.sha256,
+        "layers": json.dumps([layer.name for layer in artifact.layers], separators=(",", ":")),
+        "levels": json.dumps(profiles, separators=(",", ":")),
+    }
+    partial = f"{path}.partial"
+    save_file(tensors, partial, metadata)
+    os.replace(partial, path)
+
+
+def load(path, artifact: Artifact) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """The terms (a, bt as floats) by layer name. ArtifactError where the delta was made for
+    another checkpoint or does not fit."""
+    metadata = read_metadata(path)
+    for key, expected in (
+        ("format", FORMAT),
+        ("version", VERSION),
+        ("source_sha256", artifact.sha256),
+    ):
+        if metadata.get(key) != expected:
+            raise ArtifactError(f"{path}: {key}: {metadata.get(key)!r}, expected {expected!r}")
+    tensors = load_file(path)
+    terms = {}
+    for layer in artifact.layers:
+        if f"{layer.name}.a" not in tensors:
+            continue
+        a = tensors.pop(f"{layer.name}.a").float()
+        bt = tensors.pop(f"{layer.name}.bt", torch.zeros(0, 0)).float()
+        if a.shape[1:] != (layer.in_,) or bt.shape != (a.shape[0], layer.out):
+            raise ArtifactError(
+                f"{path}: {layer.name}: terms {list(a.shape)} and {list(bt.shape)} do not fit a "
+                f"layer [{layer.out}, {layer.in_}]"
+            )
+        terms[layer.name] = (a, bt)
+    if tensors:
+        raise ArtifactError(
+            f"{path}: tensor {sorted(tensors)[0]} belongs to no layer of " f"{artifact.directory}"
+        )
+    return terms
+
+
+def apply(path, directory, output):
+    """Writes the artifact in `directory` with a delta in its prefix factors, as nestor compress
+    --delta puts it there. Its stated qualities are then to be measured anew."""
+    artifact = Artifact(directory)
+    tensors = dict(artifact.tensors)
+    for name, term in load(path, artifact).items():
+        tensors.update(_with_term(tensors, name, term))
+    artifact.write(output, tensors)
+
+
+def _with_term(tensors, name: str, term) -> dict[str, torch.Tensor]:
+    """A layer's prefix tensors with the term's components first and as many fewer at the end."""
+    joined = {}
+    for part, values in zip(("a", "bt"), term):
+        stem = f"{name}.prefix.{part}"
+        codes, scales = quantise_factor(values)
+        for tensor, first in ((stem, codes), (f"{stem}_scales", scales)):
+            joined[tensor] = torch.cat((first, tensors[tensor]))[: len(tensors[tensor])]
+    return joined

@@ -1,0 +1,738 @@
+"""Tests of consolidate/ on tiny artifacts of random weights, beside the C++ engine.
+
+Run by ctest as `consolidate_test.py CONSOLIDATE_FIXTURE`; exits with 77 (skipped) where torch or
+transformers is not installed.
+"""
+
+import json
+import math
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import unittest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+try:
+    import torch
+    import transformers  # pylint: disable=unused-import
+    from safetensors.torch import load_file, save_file
+except ImportError as error:
+    print(f"skipped: {error}; see requirements-consolidate.txt")
+    sys.exit(77)
+
+from consolidate import delta, evaluate
+from consolidate.__main__ import UsageError, main, parse
+from consolidate.artifact import (
+    Artifact,
+    ArtifactError,
+    dequantise_factor,
+    padded,
+    quantise_factor,
+)
+from consolidate.data import Batch, DataError, Sentences, Windows, load_tokenizer, sample_text
+from consolidate.nested import NestedModel
+from consolidate.objectives import (
+    Embeddings,
+    FlexRank,
+    NestedSubspaces,
+    cross_entropy,
+    divergence,
+)
+from consolidate.profiles import SAMPLERS
+from consolidate.quality import Judge, spearman
+from consolidate.train import Diverged, Settings, Trainer, export_delta, learning_rate_at
+
+FIXTURE = sys.argv.pop(1) if len(sys.argv) > 1 else str(ROOT / "build/bin/consolidate_fixture")
+TOKENS = [17, 3, 99, 64, 120, 5, 77, 31, 42, 8]
+
+
+def fixture(*arguments) -> str:
+    done = subprocess.run(
+        [FIXTURE, *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        raise RuntimeError(done.stderr)
+    return done.stdout
+
+
+def engine_outputs(artifact, tokens=TOKENS) -> list[torch.Tensor]:
+    """Of every level: logits after every token, flat, or the embedding."""
+    return [torch.tensor(values) for values in json.loads(fixture("outputs", artifact, *tokens))]
+
+
+def setUpModule():  # pylint: disable=invalid-name
+    torch.set_num_threads(2)
+    global DIRECTORY  # pylint: disable=global-statement
+    DIRECTORY = tempfile.TemporaryDirectory()
+    for kind in ("llama", "bert"):
+        fixture("make", kind, path(kind))
+
+
+def tearDownModule():  # pylint: disable=invalid-name
+    DIRECTORY.cleanup()
+
+
+def path(*parts) -> pathlib.Path:
+    return pathlib.Path(DIRECTORY.name, *parts)
+
+
+def open_model(kind="llama") -> NestedModel:
+    return NestedModel(Artifact(path(kind, "nested")))
+
+
+def prefix_levels(model) -> list[int]:
+    return [i for i, level in enumerate(model.artifact.levels) if level.ladder == "prefix"]
+
+
+def add_random_delta(model, rank=3):
+    """Terms that change what a level computes."""
+    generator = torch.Generator().manual_seed(3)
+    ranks = delta.ranks_for(model.artifact, prefix_levels(model), rank)
+    for nested, k in zip(model.nested, ranks):
+        if k > 0:
+            nested.add_delta(k, generator)
+            nested.delta_bt.data.copy_(
+                0.1 * torch.randn(nested.delta_bt.shape, generator=generator)
+            )
+
+
+def trainer_of(model, directory, levels=None, objective=FlexRank, **settings):
+    levels = levels or prefix_levels(model)
+    if not any(p.requires_grad for p in model.parameters()):
+        model.train_factors(levels)
+    text = Windows([path("llama", "text.txt")], load_tokenizer(model.artifact.directory), 32, 1)
+    chosen = {
+        "steps": 10,
+        "batch": 8,
+        "micro_batch": 4,
+        "learning_rate": 3e-3,
+        "warm_up": 2,
+        "checkpoint_steps": 5,
+    } | settings
+    return Trainer(
+        model,
+        text,
+        objective(model.teacher(), levels),
+        SAMPLERS["uniform"](levels, 1),
+        None,
+        Settings(levels=levels, **chosen),
+        directory,
+    )
+
+
+def fake_nestor(levels: int) -> pathlib.Path:
+    """A program that evaluates as nestor does, but that level i has quality 0.5 + i / 100."""
+    report = {
+        "tokens": 64,
+        "levels": [
+            {"form": "prefix", "relative_flops": 0.5, "quality": 0.5 + i / 100, "perplexity": 9.5}
+            for i in range(levels)
+        ],
+    }
+    program = path("nestor.sh")
+    program.write_text(f"#!/bin/sh\necho '{json.dumps(report)}'\n")
+    program.chmod(0o755)
+    return program
+
+
+class Forward(unittest.TestCase):
+    """What a level computes."""
+
+    def test_every_level_has_the_engines_logits(self):
+        model = open_model()
+        tokens = torch.tensor([TOKENS])
+        expected = engine_outputs(path("llama", "nested"))
+        self.assertEqual(len(expected), len(model.artifact.levels))
+        self.assertEqual(
+            {level.ladder for level in model.artifact.levels}, {"residual", "prefix", "full"}
+        )
+        for level, values in enumerate(expected):
+            model.set_level(level)
+            with torch.no_grad():
+                logits = model.logits(tokens).flatten()
+            scale = values.abs().max().item()
+            self.assertLess((logits - values).abs().max().item(), 1e-4 * scale, f"level {level}")
+
+    def test_every_level_has_the_engines_embedding(self):
+        model = open_model("bert")
+        tokens = [2, *TOKENS, 3]
+        expected = engine_outputs(path("bert", "nested"), tokens)
+        for level, values in enumerate(expected):
+            model.set_level(level)
+            with torch.no_grad():
+                batch = torch.tensor([tokens])
+                embedding = model.embeddings(batch, torch.ones_like(batch))[0]
+            values = torch.nn.functional.normalize(values, dim=0)
+            self.assertLess((embedding - values).abs().max().item(), 1e-4, f"level {level}")
+
+    def test_masked_equals_sliced(self):
+        model = open_model()
+        nested = next(n for n in model.nested if n.layer.prefix_rank >= 8)
+        x = torch.randn(5, nested.layer.in_)
+        for rank in (1, 4, nested.layer.prefix_rank):
+            mask = (torch.arange(nested.layer.prefix_rank) < rank).float()
+            masked = (x @ nested.prefix_a.T * mask) @ nested.prefix_bt
+            for rows in (1, 500):  # two thin products, and one matrix
+                nested.set_level("prefix", rank)
+                y = nested(x.repeat(rows, 1))[:5] - (0 if nested.bias is None else nested.bias)
+                torch.testing.assert_close(y, masked, rtol=1e-4, atol=1e-4)
+
+    def test_a_term_equals_its_components_put_first(self):
+        model = open_model()
+        add_random_delta(model)
+        nested = next(n for n in model.nested if n.delta_rank > 0)
+        rank, k = nested.layer.prefix_rank, nested.delta_rank
+        x = torch.randn(4, nested.layer.in_)
+        nested.set_level("prefix", rank)
+        a = torch.cat((nested.delta_a, nested.prefix_a[: rank - k]))
+        bt = torch.cat((nested.delta_bt, nested.prefix_bt[: rank - k]))
+        torch.testing.assert_close(nested(x), (x @ a.T) @ bt, rtol=1e-4, atol=1e-4)
+
+    def test_a_new_term_changes_nothing_but_the_components_it_displaces(self):
+        model = open_model()
+        nested = next(n for n in model.nested if n.layer.prefix_rank >= 8)
+        rank = nested.layer.prefix_rank
+        x = torch.randn(4, nested.layer.in_)
+        nested.set_level("prefix", rank - 2)
+        expected = nested(x)
+        nested.add_delta(2, torch.Generator().manual_seed(1))
+        nested.set_level("prefix", rank)
+        torch.testing.assert_close(nested(x), expected, rtol=1e-4, atol=1e-4)
+
+    def test_gradients_of_a_term_are_those_of_autograd(self):
+        model = open_model()
+        add_random_delta(model)
+        nested = next(n for n in model.nested if n.delta_rank > 0)
+        rank = nested.layer.prefix_rank
+        x = torch.randn(6, nested.layer.in_, requires_grad=True)
+        seed = torch.randn(6, nested.layer.out)
+        nested.set_level("prefix", rank)
+        nested.gather_gradients()
+        (nested(x) * seed).sum().backward()
+        found = [t.grad.clone() for t in (x, nested.delta_a, nested.delta_bt)]
+        gathered = nested._gathered  # pylint: disable=protected-access
+        torch.testing.assert_close(gathered.gradient, seed.T @ x.detach())
+        torch.testing.assert_close(gathered.moment, x.detach().T @ x.detach())
+        for tensor in (x, nested.delta_a, nested.delta_bt):
+            tensor.grad = None
+        base = rank - nested.delta_rank
+        weight = nested.prefix_bt[:base].T @ nested.prefix_a[:base]
+        y = x @ (weight + nested.delta_bt.T @ nested.delta_a).T
+        (y * seed).sum().backward()
+        for value, tensor in zip(found, (x, nested.delta_a, nested.delta_bt)):
+            torch.testing.assert_close(value, tensor.grad, rtol=1e-4, atol=1e-4)
+
+
+class Losses(unittest.TestCase):
+    """Values and gradients."""
+
+    def test_divergence_and_its_gradient(self):
+        student = torch.randn(3, 11, dtype=torch.double, requires_grad=True)
+        teacher = torch.randn(3, 11, dtype=torch.double)
+        value, grad = divergence(student.detach().clone(), teacher.clone())
+        expected = torch.nn.functional.kl_div(
+            torch.log_softmax(student, -1), torch.softmax(teacher, -1), reduction="sum"
+        )
+        expected.backward()
+        self.assertAlmostEqual(value, expected.item(), places=9)
+        torch.testing.assert_close(grad, student.grad)
+
+    def test_cross_entropy_and_its_gradient(self):
+        logits = torch.randn(4, 9, dtype=torch.double, requires_grad=True)
+        targets = torch.tensor([0, 8, 3, 3])
+        value, grad = cross_entropy(logits.detach().clone(), targets)
+        expected = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+        expected.backward()
+        self.assertAlmostEqual(value, expected.item(), places=9)
+        torch.testing.assert_close(grad, logits.grad)
+
+    def test_flexrank_is_zero_at_the_full_level(self):
+        model = open_model()
+        model.train_factors(prefix_levels(model))
+        objective = FlexRank(model.teacher(), [model.full_level])
+        batch = Batch(torch.tensor([TOKENS]))
+        with torch.no_grad():
+            rows = model.teacher().hidden(batch.tokens)
+        model.set_level(model.full_level)
+        with torch.no_grad():
+            torch.testing.assert_close(model.hidden(batch.tokens), rows)
+        level = prefix_levels(model)[0]
+        self.assertGreater(objective.step(model, level, [batch], 1.0, map)[0], 1e-4)
+
+    def test_nsn_weighs_by_variance_and_learns_it(self):
+        model = open_model()
+        levels = prefix_levels(model)
+        model.train_factors(levels)
+        objective = NestedSubspaces(model.teacher(), levels)
+        with torch.no_grad():
+            objective.log_variances.fill_(0.5)
+        batch = Batch(torch.tensor([TOKENS]))
+        objective.step(model, levels[0], [batch], 1.0, map)
+        weight = math.exp(-0.5)
+        for level in (levels[0], levels[-1]):
+            model.set_level(level)
+            with torch.no_grad():
+                logits = model.logits(batch.tokens)[0, :-1]
+            loss = torch.nn.functional.cross_entropy(logits, batch.tokens[0, 1:]).item()
+            self.assertAlmostEqual(
+                objective.log_variances.grad[level].item(), 1 - weight * loss, places=4
+            )
+        self.assertEqual(objective.log_variances.grad[model.full_level].item(), 0)
+
+
+class Artifacts(unittest.TestCase):
+    """Reading and writing."""
+
+    def test_factors_that_were_read_are_written_with_the_same_bytes(self):
+        artifact = Artifact(path("llama", "nested"))
+        for layer in artifact.layers:
+            for form in ("residual", "prefix"):
+                for part, values in zip(("a", "bt"), artifact.factors(layer, form)):
+                    if len(values) == 0:
+                        continue
+                    codes, scales = quantise_factor(values)
+                    stem = f"{layer.name}.{form}.{part}"
+                    again = dequantise_factor(codes, scales, values.shape[1])
+                    self.assertEqual(codes.shape[1], padded(values.shape[1]))
+                    # A scale is bf16, so a group's extreme may have moved by a code.
+                    torch.testing.assert_close(again, values, rtol=0.02, atol=1e-6)
+                    self.assertEqual(artifact.tensors[stem].shape, codes.shape)
+
+    def test_an_artifact_written_here_is_read_by_the_engine(self):
+        model = open_model()
+        levels = prefix_levels(model)
+        model.train_factors(levels)
+        model.train_vectors()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.mul_(1.01)
+        written = path("written.nested")
+        model.write(written)
+        self.addCleanup(shutil.rmtree, written)
+        again = NestedModel(Artifact(written))
+        for level, values in enumerate(engine_outputs(written)):
+            again.set_level(level)
+            with torch.no_grad():
+                logits = again.logits(torch.tensor([TOKENS])).flatten()
+            self.assertLess((logits - values).abs().max().item(), 1e-4 * values.abs().max().item())
+        original = open_model()
+        original.set_level(levels[0])
+        again.set_level(levels[0])
+        with torch.no_grad():
+            tokens = torch.tensor([TOKENS])
+            change = (again.logits(tokens) - original.logits(tokens)).abs().max().item()
+        self.assertGreater(change, 1e-3)
+
+    def test_what_is_no_artifact_is_refused(self):
+        with self.assertRaisesRegex(ArtifactError, "nested.json: no such file"):
+            Artifact(path("llama", "source"))
+        copy = path("other_version")
+        shutil.copytree(path("llama", "nested"), copy)
+        self.addCleanup(shutil.rmtree, copy)
+        description = json.loads((copy / "nested.json").read_text())
+        description["version"] = 7
+        (copy / "nested.json").write_text(json.dumps(description))
+        with self.assertRaisesRegex(ArtifactError, "version: 7, expected 1"):
+            Artifact(copy)
+
+    def test_measured_qualities_are_put_into_the_artifact(self):
+        copy = path("measured")
+        shutil.copytree(path("llama", "nested"), copy)
+        self.addCleanup(shutil.rmtree, copy)
+        count = len(Artifact(copy).levels)
+        program = fake_nestor(count)
+        evaluate.measure(program, copy, path("llama", "text.txt"), 64)
+        description = json.loads((copy / "nested.json").read_text())
+        self.assertEqual(description["levels"][1]["metrics"]["quality"], 0.51)
+        self.assertIsNone(description["levels"][1]["metrics"]["quality_vs_source"])
+        self.assertEqual(len(engine_outputs(copy)), count)
+        program.write_text("#!/bin/sh\necho no such text >&2\nexit 1\n")
+        with self.assertRaisesRegex(RuntimeError, "nestor.sh evaluate .*: no such text"):
+            evaluate.measure(program, copy, path("llama", "text.txt"), 64)
+
+
+class Delta(unittest.TestCase):
+    """The delta file, on both sides."""
+
+    def setUp(self):
+        self.model = open_model()
+        self.levels = prefix_levels(self.model)
+        add_random_delta(self.model)
+        self.file = path("random.delta.safetensors")
+        export_delta(self.model, self.levels, self.file)
+
+    def test_compress_applies_it_as_it_was_trained(self):
+        out = path("with_delta.nested")
+        fixture("delta", path("llama"), self.file, out)
+        self.addCleanup(shutil.rmtree, out)
+        applied = path("applied.nested")
+        delta.apply(self.file, path("llama", "nested"), applied)
+        self.addCleanup(shutil.rmtree, applied)
+        tokens = torch.tensor([TOKENS])
+        outputs, ours = engine_outputs(out), engine_outputs(applied)
+        for level in self.levels:
+            self.model.set_level(level)
+            with torch.no_grad():
+                trained = self.model.logits(tokens).flatten()
+            scale = trained.abs().max().item()
+            # The term is in bf16 in the file and in int8 in the artifact.
+            self.assertLess((outputs[level] - trained).abs().max().item(), 0.03 * scale)
+            self.assertLess((outputs[level] - ours[level]).abs().max().item(), 0.01 * scale)
+            plain = engine_outputs(path("llama", "nested"))[level]
+            self.assertGreater((plain - trained).abs().max().item(), 0.1 * scale)
+
+    def test_its_size_is_as_planned(self):
+        ranks = delta.largest_ranks(self.model.artifact, self.levels, 4000)
+        size = delta.size_of(self.model.artifact, ranks)
+        self.assertLessEqual(size, 4000)
+        self.assertGreater(size, 2000)
+        tensors = load_file(self.file)
+        planned = delta.ranks_for(self.model.artifact, self.levels, 3)
+        self.assertEqual(
+            sum(2 * t.numel() for t in tensors.values()),
+            delta.size_of(self.model.artifact, planned),
+        )
+
+    def test_what_does_not_fit_is_refused(self):
+        artifact = Artifact(path("llama", "nested"))
+        artifact.sha256 = "0" * 64
+        with self.assertRaisesRegex(ArtifactError, "source_sha256: .*expected '000"):
+            delta.load(self.file, artifact)
+        with self.assertRaisesRegex(ArtifactError, "source_sha256"):
+            delta.load(self.file, Artifact(path("bert", "nested")))
+        artifact = Artifact(path("llama", "nested"))
+        tensors = load_file(self.file)
+        name = sorted(tensors)[0]
+        tensors[name] = tensors[name][:, :-1].contiguous()
+        damaged = path("damaged.safetensors")
+        save_file(
+            tensors,
+            damaged,
+            {"format": "nestor-delta", "version": "1", "source_sha256": artifact.sha256},
+        )
+        with self.assertRaisesRegex(ArtifactError, "do not fit a layer"):
+            delta.load(damaged, artifact)
+
+
+class Training(unittest.TestCase):
+    """The loop."""
+
+    def setUp(self):
+        self.work = pathlib.Path(tempfile.mkdtemp(dir=DIRECTORY.name))
+
+    def quality(self, model, level) -> float:
+        """KL to the full level on text that does not train."""
+        text = Windows([path("llama", "text.txt")], load_tokenizer(model.artifact.directory), 32, 1)
+        objective = FlexRank(self.teacher, [level])
+        [batches] = text.held_out(8).values()
+        model.set_level(level)
+        return sum(objective.step(model, level, batches, 1.0, map)) / len(batches)
+
+    def improvement(self, model, **settings) -> float:
+        """The share of the lowest level's divergence that training takes away."""
+        lowest = prefix_levels(model)[0]
+        self.teacher = model.teacher()
+        before = self.quality(model, lowest)
+        model.zero_grad()
+        trainer_of(model, self.work, **settings).run()
+        return 1 - self.quality(model, lowest) / before
+
+    def test_factors_improve_the_lowest_level_by_half(self):
+        model = open_model()
+        model.train_factors(prefix_levels(model))
+        self.assertGreater(self.improvement(model, steps=60, learning_rate=1e-2), 0.5)
+
+    def test_a_delta_improves_the_lowest_level_by_a_quarter(self):
+        model = open_model()
+        ranks = delta.ranks_for(model.artifact, prefix_levels(model), 4)
+        for nested, rank in zip(model.nested, ranks):
+            if rank > 0:
+                nested.add_delta(rank, torch.Generator().manual_seed(1))
+        self.assertGreater(self.improvement(model, steps=60, learning_rate=1e-2, workers=2), 0.25)
+
+    def test_a_run_that_resumes_ends_where_an_unbroken_one_does(self):
+        unbroken = open_model()
+        trainer_of(unbroken, self.work / "a", steps=10).run()
+        first = trainer_of(open_model(), self.work / "b", steps=10)
+        for _ in range(5):
+            first._one_step()  # pylint: disable=protected-access
+        first.save()
+        second = open_model()
+        trainer = trainer_of(second, self.work / "b", steps=10)
+        self.assertTrue(trainer.resume())
+        self.assertEqual(trainer.step, 5)
+        trainer.run()
+        for a, b in zip(unbroken.parameters(), second.parameters()):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+    def test_a_diverging_loss_stops_and_keeps_the_last_good_state(self):
+        model = open_model()
+        trainer = trainer_of(model, self.work, steps=30, learning_rate=1e-3, checkpoint_steps=2)
+        for _ in range(4):
+            trainer._one_step()  # pylint: disable=protected-access
+        trainer.save()
+        good = {name: p.detach().clone() for name, p in trainer.parameters.items()}
+        with torch.no_grad():
+            for parameter in trainer.parameters.values():
+                parameter.mul_(30)
+        with self.assertRaisesRegex(Diverged, "diverges; stopped, the last good state is .*checkp"):
+            trainer.run()
+        lines = (self.work / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        entries = [json.loads(line) for line in lines]
+        self.assertTrue(entries[-1]["diverged"])
+        state = torch.load(trainer.checkpoint_path, weights_only=True)["parameters"]
+        for name, value in good.items():
+            torch.testing.assert_close(state[name], value)
+
+    def test_a_loss_that_is_no_number_stops(self):
+        model = open_model()
+        trainer = trainer_of(model, self.work)
+        with torch.no_grad():
+            next(iter(trainer.parameters.values())).fill_(float("nan"))
+        with self.assertRaisesRegex(Diverged, "before the first checkpoint"):
+            trainer.run()
+
+    def test_terms_start_with_the_steepest_inputs_of_one_variance(self):
+        model = open_model()
+        nested = next(n for n in model.nested if n.layer.prefix_rank >= 16)
+        nested.add_delta(2, torch.Generator().manual_seed(1))
+        nested.set_level("prefix", nested.layer.prefix_rank)
+        # Inputs of very different energies; the loss depends on two of their directions alone.
+        scales = torch.logspace(-0.5, 0.5, nested.layer.in_)
+        x = torch.randn(20000, nested.layer.in_) * scales
+        steep = torch.randn(2, nested.layer.in_) / scales
+        nested.gather_gradients()
+        z = x @ steep.T
+        grads = z @ torch.randn(2, nested.layer.out)
+        (nested(x) * grads).sum().backward()
+        nested.start_delta()
+        self.assertEqual(nested.delta_bt.abs().max().item(), 0)
+        started = x @ nested.delta_a.detach().T
+        correlation = torch.linalg.lstsq(started, z).solution
+        residual = (z - started @ correlation).square().mean() / z.square().mean()
+        self.assertLess(residual.item(), 0.05)
+        energy = (x @ nested.dense.T).square().mean().item()
+        for variance in started.square().mean(0).tolist():
+            self.assertAlmostEqual(variance / energy, 1.0, delta=0.1)
+
+    def test_the_start_of_terms_changes_nothing_yet(self):
+        model = open_model()
+        levels = prefix_levels(model)
+        for nested, rank in zip(model.nested, delta.ranks_for(model.artifact, levels, 4)):
+            if rank > 0:
+                nested.add_delta(rank, torch.Generator().manual_seed(1))
+        tokens = torch.tensor([TOKENS])
+        model.set_level(levels[0])
+        with torch.no_grad():
+            before = model.logits(tokens)
+        random_start = {id(n): n.delta_a.detach().clone() for n in model.nested if n.delta_rank}
+        trainer_of(model, self.work).start_terms(3)
+        model.set_level(levels[0])
+        with torch.no_grad():
+            torch.testing.assert_close(model.logits(tokens), before)
+        changed = [
+            not torch.allclose(n.delta_a, random_start[id(n)]) for n in model.nested if n.delta_rank
+        ]
+        self.assertTrue(all(changed))
+
+    def test_recomputed_blocks_give_the_same_gradients(self):
+        grads = []
+        for recomputes in (False, True):
+            model = open_model()
+            levels = prefix_levels(model)
+            model.train_factors(levels)
+            objective = FlexRank(model.teacher(), levels)
+            if recomputes:
+                model.checkpoint_activations()
+            objective.step(model, levels[0], [Batch(torch.tensor([TOKENS]))], 1.0, map)
+            grads.append([p.grad for p in model.parameters() if p.grad is not None])
+        self.assertEqual(len(grads[0]), len(grads[1]))
+        for a, b in zip(*grads):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+    def test_norms_train_and_leave_the_teacher_alone(self):
+        model = open_model()
+        levels = prefix_levels(model)
+        model.train_factors(levels)
+        model.train_vectors()
+        teacher = model.teacher()
+        tokens = torch.tensor([TOKENS])
+        with torch.no_grad():
+            before = teacher.logits(tokens)
+        norm = model.model.model.norm.weight
+        old = norm.detach().clone()
+        trainer_of(model, self.work, steps=3).run()
+        self.assertGreater((norm - old).abs().max().item(), 1e-4)
+        with torch.no_grad():
+            torch.testing.assert_close(teacher.logits(tokens), before)
+
+    def test_an_encoder_learns_the_full_levels_embeddings(self):
+        model = open_model("bert")
+        levels = prefix_levels(model)
+        model.train_factors(levels)
+        tokenizer = load_tokenizer(model.artifact.directory)
+        text = Sentences([path("bert", "text.txt")], tokenizer, 48, 1)
+        teacher = model.teacher()
+        judge = Judge(teacher, text.held_out(32))
+        before = judge.qualities(model, [levels[0]])
+        objective = Embeddings(teacher, levels)
+        [held_out] = text.held_out(32).values()
+        first = sum(objective.step(model, levels[0], held_out, 1.0, map))
+        model.zero_grad()
+        settings = Settings(levels=levels, steps=40, batch=16, micro_batch=16, learning_rate=3e-3)
+        Trainer(
+            model, text, objective, SAMPLERS["uniform"](levels, 1), judge, settings, self.work
+        ).run()
+        self.assertLess(sum(objective.step(model, levels[0], held_out, 1.0, map)), 0.85 * first)
+        after = judge.qualities(model, [levels[0]])
+        name = str(path("bert", "text.txt"))
+        self.assertGreater(after[name][levels[0]], before[name][levels[0]])
+
+    def test_the_rate_warms_up_and_falls_to_its_last_share(self):
+        settings = Settings(levels=[0], learning_rate=1.0, warm_up=10)
+        self.assertAlmostEqual(learning_rate_at(settings, 0, 0.0), 0.1)
+        self.assertAlmostEqual(learning_rate_at(settings, 9, 0.0), 1.0)
+        self.assertAlmostEqual(learning_rate_at(settings, 500, 0.5), 0.525)
+        self.assertAlmostEqual(learning_rate_at(settings, 999, 1.0), 0.05)
+
+
+class Sampling(unittest.TestCase):
+    """Of levels and of text."""
+
+    def test_uniform_draws_permutations(self):
+        sampler = SAMPLERS["uniform"]([4, 5, 6, 6], seed=2)
+        drawn = [level for step in range(6) for level in sampler.draw(step, 2, 0.0)]
+        for turn in range(3):
+            self.assertEqual(sorted(drawn[4 * turn : 4 * turn + 4]), [4, 5, 6, 6])
+        self.assertNotEqual(drawn[:4], drawn[4:8] if drawn[:4] != drawn[4:8] else drawn[8:])
+
+    def test_sandwich_has_both_ends_in_every_step(self):
+        sampler = SAMPLERS["sandwich"]([2, 3, 4, 5], seed=2)
+        for step in range(8):
+            levels = sampler.draw(step, 4, 0.0)
+            self.assertEqual(levels[:2], [2, 5])
+            self.assertEqual(len(levels), 4)
+
+    def test_a_curriculum_begins_with_the_dearest_level(self):
+        sampler = SAMPLERS["curriculum"]([2, 3, 4], seed=2)
+        self.assertEqual(set(sampler.draw(0, 20, 0.0)), {4})
+        self.assertEqual(set(sampler.draw(0, 40, 0.3)), {3, 4})
+        self.assertEqual(set(sampler.draw(0, 60, 0.7)), {2, 3, 4})
+
+    def test_windows_cover_a_text_once_in_an_epoch_and_spare_what_is_held_out(self):
+        file = path("numbers.txt")
+        file.write_text("".join(chr(97 + i % 26) for i in range(2000)))
+        tokenizer = load_tokenizer(path("llama", "nested"))
+        windows = Windows([file], tokenizer, 32, 1)
+        per_epoch = (len(windows.texts[0]) - 32) // 32
+        seen = [tuple(windows.batch(i, 1).tokens[0].tolist()) for i in range(per_epoch)]
+        self.assertEqual(len(seen), per_epoch)
+        begins = sorted(windows._order(0, 0, per_epoch))  # pylint: disable=protected-access
+        self.assertEqual(begins, list(range(per_epoch)))
+        [held_out] = windows.held_out(3).values()
+        self.assertEqual(held_out[0].tokens.shape, (3, 32))
+        self.assertTrue(torch.equal(windows.batch(7, 3).tokens, windows.batch(7, 3).tokens))
+
+    def test_texts_that_do_not_serve_are_refused(self):
+        tokenizer = load_tokenizer(path("llama", "nested"))
+        short = path("short.txt")
+        short.write_text("too short")
+        with self.assertRaisesRegex(DataError, "short.txt: 9 tokens; expected at least 96"):
+            Windows([short], tokenizer, 32, 1)
+        with self.assertRaisesRegex(DataError, "absent.txt"):
+            Windows([path("absent.txt")], tokenizer, 32, 1)
+        binary = path("binary.txt")
+        binary.write_bytes(b"\xff\xfe\x00")
+        with self.assertRaisesRegex(DataError, "binary.txt"):
+            Windows([binary], tokenizer, 32, 1)
+
+    def test_the_full_level_writes_text(self):
+        model = open_model()
+        tokenizer = load_tokenizer(model.artifact.directory)
+        starts = Windows([path("llama", "text.txt")], tokenizer, 32, 1)
+        file = path("sampled.txt")
+        sample_text(model, tokenizer, starts, 256, file, batch=4)
+        self.assertGreater(len(file.read_text(errors="replace")), 100)
+
+    def test_spearman_is_that_of_ranks(self):
+        a = torch.tensor([0.1, 0.4, 0.2, 0.9])
+        self.assertAlmostEqual(spearman(a, a.exp()), 1.0, places=6)
+        self.assertAlmostEqual(spearman(a, -a), -1.0, places=6)
+
+
+class CommandLine(unittest.TestCase):
+    """The program as a person runs it."""
+
+    def run_main(self, *arguments) -> int:
+        return main([str(argument) for argument in arguments])
+
+    def test_a_delta_is_trained_and_exported_anew_from_its_checkpoint(self):
+        out = path("command.delta.safetensors")
+        common = (
+            path("llama", "nested"),
+            "--text",
+            path("llama", "text.txt"),
+            "--length",
+            32,
+            "--out",
+            out,
+            "--delta-bytes",
+            20000,
+        )
+        self.assertEqual(self.run_main(*common, "--steps", 3, "--held-out", 2), 0)
+        first = load_file(out)
+        self.assertTrue(first)
+        out.unlink()
+        self.assertEqual(self.run_main(*common, "--export-only"), 0)
+        for name, tensor in load_file(out).items():
+            torch.testing.assert_close(tensor, first[name])
+
+    def test_an_artifact_is_written_and_measured(self):
+        out = path("command.nested")
+        count = len(Artifact(path("llama", "nested")).levels)
+        common = (path("llama", "nested"), "--text", path("llama", "text.txt"), "--out", out)
+        options = ("--length", 32, "--train", "all", "--steps", 2, "--sampler", "sandwich")
+        more = ("--objective", "nsn", "--held-out", 2, "--nestor", fake_nestor(count))
+        self.assertEqual(self.run_main(*common, *options, *more), 0)
+        description = json.loads((out / "nested.json").read_text())
+        self.assertEqual(description["levels"][0]["metrics"]["quality"], 0.5)
+        self.assertEqual(len(engine_outputs(out)), count)
+        self.assertFalse(out.with_name("command.nested.unmeasured").exists())
+
+    def test_wrong_options_are_refused(self):
+        common = ["artifact", "--text", "t", "--out", str(path("none"))]
+        for arguments, said in (
+            ([], "--steps or --minutes"),
+            (["--steps", "0"], "--steps: must be positive; was 0"),
+            (["--steps", "1", "--batch", "7"], "--batch: 7 is no multiple"),
+            (["--steps", "1", "--train", "all", "--nestor", "/no/such"], "--nestor: /no/such"),
+        ):
+            with self.assertRaisesRegex(UsageError, said):
+                parse(common + arguments)
+        model = path("llama", "nested")
+        self.assertEqual(self.run_main(path("absent"), *common[1:], "--steps", 1), 1)
+        self.assertEqual(
+            self.run_main(
+                model,
+                "--text",
+                path("llama", "text.txt"),
+                "--length",
+                32,
+                "--out",
+                path("x"),
+                "--steps",
+                1,
+                "--levels",
+                "0.01",
+            ),
+            1,
+        )
+
+
+if __name__ == "__main__":
+    unittest.main()
