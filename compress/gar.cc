@@ -17,8 +17,11 @@ namespace {
 constexpr int64_t kLeastGarShare = 4;  // of the full rank, one part in
 // Rows of W in double at a time: a head has tens of thousands.
 constexpr int64_t kBlockRows = 2048;
-// Added to the moment of z, as share of its mean diagonal: inputs may span less than the rank.
-constexpr double kDamping = 1e-9;
+// Added to the moment of z, as share of its mean diagonal: inputs may span less than the rank. The
+// least that makes the moment positive definite, as moments are accumulated in fp32.
+constexpr double kLeastDamping = 1e-9;
+constexpr double kLargestDamping = 1e-2;
+constexpr double kDampingStep = 100;
 
 int Int(int64_t value) { return static_cast<int>(value); }
 
@@ -103,13 +106,18 @@ absl::StatusOr<std::vector<float>> FitOthers(std::span<const float> weights, int
               Int(in), a.data(), Int(in), 0, gram.data(), Int(rank));
   double trace = 0;
   for (int64_t k = 0; k < rank; ++k) trace += gram[static_cast<size_t>(k * rank + k)];
-  // Outputs that are always zero are guessed as zero.
-  const double damping = trace > 0 ? kDamping * trace / static_cast<double>(rank) : 1;
-  for (int64_t k = 0; k < rank; ++k) gram[static_cast<size_t>(k * rank + k)] += damping;
   const char triangle = 'U';
   const lapack_int size = static_cast<lapack_int>(rank);
   lapack_int error = 0;
-  LAPACK_dpotrf(&triangle, &size, gram.data(), &size, &error);
+  std::vector<double> damped;
+  for (double damping = kLeastDamping; damping <= kLargestDamping; damping *= kDampingStep) {
+    // Outputs that are always zero are guessed as zero.
+    const double added = trace > 0 ? damping * trace / static_cast<double>(rank) : 1;
+    damped = gram;
+    for (int64_t k = 0; k < rank; ++k) damped[static_cast<size_t>(k * rank + k)] += added;
+    LAPACK_dpotrf(&triangle, &size, damped.data(), &size, &error);
+    if (error == 0) break;
+  }
   if (error != 0) return LapackError("dpotrf", rank, error);
 
   const int64_t others = out - rank;
@@ -122,7 +130,7 @@ absl::StatusOr<std::vector<float>> FitOthers(std::span<const float> weights, int
     cblas_dgemm(CblasRowMajor, CblasNoTrans, CblasTrans, Int(count), Int(rank), Int(in), 1,
                 block.data(), Int(in), as.data(), Int(in), 0, b.data(), Int(rank));
     const lapack_int columns = static_cast<lapack_int>(count);
-    LAPACK_dpotrs(&triangle, &size, &columns, gram.data(), &size, b.data(), &size, &error);
+    LAPACK_dpotrs(&triangle, &size, &columns, damped.data(), &size, b.data(), &size, &error);
     if (error != 0) return LapackError("dpotrs", rank, error);
     for (int64_t i = 0; i < count; ++i) {
       for (int64_t k = 0; k < rank; ++k) {

@@ -47,8 +47,8 @@ struct GarView {
 // of `dense_f32`, `dense_bf16` and the planes is set. `coarse` may also stand beside `dense_bf16`
 // (a bf16 artifact with a residual ladder).
 //
-// Planes (methods: "Residual ladders"): w is about s q, q = 16 hi + lo in [-128, 119], with one bf16
-// scale s, of either sign, for 32 inputs of one output; hi in [-8, 7], lo in [-8, 7]. Then
+// Planes (methods: "Residual ladders"): w is about s q, q = 16 hi + lo in [-128, 119], with one
+// bf16 scale s, of either sign, for 32 inputs of one output; hi in [-8, 7], lo in [-8, 7]. Then
 // coarse = 16 s hi, coarse + fine = s (16 hi + lo). Two codes share a byte, input 2j in the low
 // nibble; stored as hi + 8 and lo + 8, so padding is 8.
 struct LinearWeights {

@@ -197,7 +197,6 @@ TEST_F(DeltaTest, TermsComeFirstAtItsLevelsAndTheWeightsComponentsFollow) {
     ASSERT_TRUE(model.ok()) << model.status();
     models[i] = *std::move(model);
   }
-  // With random terms the other level may measure worse and be left out.
   EXPECT_EQ(models[0]->levels()[0].profile[0], (FormAndRank{Form::kPrefix, 8}));
   for (size_t i = 0; i < layers_.size(); ++i) {
     const LinearSpec& layer = layers_[i];
@@ -206,7 +205,8 @@ TEST_F(DeltaTest, TermsComeFirstAtItsLevelsAndTheWeightsComponentsFollow) {
     auto without = models[1]->Weights(i, &scratch[1]);
     ASSERT_TRUE(with.ok() && without.ok());
     const FactorView& factors = with->prefix;
-    ASSERT_EQ(factors.max_rank, i == 0 ? 8 : 16);
+    // With random terms the other level may measure worse and be left out, with its ranks.
+    ASSERT_GE(factors.max_rank, 8);
     const std::vector<double> expected =
         Product(file.tensors.at(layer.name + ".a").second,
                 file.tensors.at(layer.name + ".bt").second, layer.out, layer.in);
@@ -219,7 +219,7 @@ TEST_F(DeltaTest, TermsComeFirstAtItsLevelsAndTheWeightsComponentsFollow) {
       energy += expected[j] * expected[j];
     }
     EXPECT_LT(std::sqrt(error / energy), 0.02) << layer.name;  // int8 on both sides
-    const int64_t rest = factors.max_rank - kRank;
+    const int64_t rest = std::min(factors.max_rank, without->prefix.max_rank) - kRank;
     EXPECT_EQ(std::memcmp(factors.a + kRank * PaddedToGroup(layer.in),
                           without->prefix.a + kRank * PaddedToGroup(layer.in),
                           static_cast<size_t>(rest * PaddedToGroup(layer.in))),
@@ -247,7 +247,9 @@ TEST_F(DeltaTest, ItsLevelsAreRead) {
 }
 
 TEST_F(DeltaTest, ComponentsAfterTheTermsAreThoseOfAPlainLadder) {
-  const auto plain = Compress(Options("plain"));
+  CompressOptions plain_options = Options("plain");
+  plain_options.gar_levels = std::vector<int>();
+  const auto plain = Compress(plain_options);
   ASSERT_TRUE(plain.ok()) << plain.status();
   // The plain ladder's own levels, with terms where a layer runs enough components.
   DeltaFile file = ValidFile();

@@ -85,7 +85,10 @@ class InterpolatedLevelsTest : public ::testing::Test {
  protected:
   static void SetUpTestSuite() {
     directory_ = new TemporaryDirectory();
-    ASSERT_TRUE(WriteTinyNestedModel(directory_->path(), {.num_blocks = 3, .hidden = 96}).ok());
+    // Random weights of which no level that stores the largest ranks measures worse than a cheaper
+    // one, and is left out.
+    ASSERT_TRUE(
+        WriteTinyNestedModel(directory_->path(), {.num_blocks = 3, .hidden = 96, .seed = 6}).ok());
   }
   static void TearDownTestSuite() {
     delete directory_;

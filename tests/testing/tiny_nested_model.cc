@@ -2,6 +2,7 @@
 
 #include <memory>
 #include <random>
+#include <vector>
 
 #include "base/file.h"
 #include "base/status_macros.h"
@@ -35,6 +36,7 @@ absl::Status WriteTinyNestedModel(const std::string& directory,
   compress.levels = 4;
   compress.max_residual_rank = 16;
   compress.refit_tokens = 0;
+  compress.gar_levels = std::vector<int>();
   compress.corpus.calibration_paths = {text};
   compress.corpus.evaluation_path = text;
   compress.corpus.calibration_tokens = 2560;
