@@ -107,7 +107,7 @@ absl::Status RunCompress(const std::vector<std::string>& arguments) {
   std::string dtype = "int8";
   std::string search, objective, costs;
   std::string activations = "auto";
-  std::string gar_levels = "all";
+  std::string gar_levels = "none";
   int64_t levels = options.levels;
   bool prints_json = false;
   bool draws_report = true;
