@@ -15,8 +15,8 @@ struct ServedLevel {
   double relative_flops = 1;
   double quality = 1;
   bool is_interpolated = false;  // between the artifact's levels; its quality is an estimate
-  double perplexity = 0;  // 0: not measured
-  double spearman = 0;    // 0: not measured
+  double perplexity = 0;         // 0: not measured
+  double spearman = 0;           // 0: not measured
   int64_t weight_bytes = 0;
   double flops_per_token = 0;
   double tokens_per_second = 0;  // measured by the warm-up
