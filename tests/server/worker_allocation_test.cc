@@ -81,7 +81,8 @@ class WorkerAllocationTest : public ::testing::Test {
  protected:
   static void SetUpTestSuite() {
     directory_ = std::make_unique<TemporaryDirectory>();
-    const absl::Status written = WriteTinyNestedModel(directory_->path(), {.context_length = 512});
+    const absl::Status written =
+        WriteTinyNestedModel(directory_->path(), {.context_length = 512, .seed = 6});
     ASSERT_TRUE(written.ok()) << written;
   }
   static void TearDownTestSuite() { directory_.reset(); }
