@@ -104,7 +104,21 @@ def parse(arguments):
     )
     add("--held-out-steps", type=int, default=20, help="between measurements; 0: none")
     add("--held-out", type=int, default=6, help="windows or sentences of each text measured")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = torch.cuda.is_available()
+    add("--device", default="cuda" if on_gpu else "cpu")
+    add(
+        "--compose",
+        action=argparse.BooleanOptionalAction,
+        default=on_gpu,
+        help="make one matrix of each layer in every pass, for passes of thousands of tokens "
+        "(default: on a GPU)",
+    )
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=on_gpu,
+        help="compile the model's blocks, with --compose (default: on a GPU)",
+    )
     add("--threads", type=int, default=os.cpu_count())
     add("--seed", type=int, default=1)
     add(
@@ -298,6 +312,10 @@ def run(options) -> int:
     else:
         if not resumed and options.train == "delta" and options.start_batches > 0:
             trainer.start_terms(options.start_batches)
+        if options.compose:
+            for each in (model, teacher):
+                each.compose(options.compile)
+            teacher.set_level(teacher.full_level)
         trainer.run()
     write(trainer, options)
     return 0

@@ -2,6 +2,7 @@
 function of its number, so that a run that resumes reads on where it stopped with no state saved."""
 
 import dataclasses
+import functools
 import math
 import os
 import pathlib
@@ -49,6 +50,7 @@ class _Texts:
     def __init__(self, seed: int):
         self.seed = seed
 
+    @functools.lru_cache(maxsize=64)
     def _order(self, text: int, epoch: int, count: int) -> list[int]:
         return random.Random(f"{self.seed}:{text}:{epoch}").sample(range(count), count)
 
@@ -60,8 +62,12 @@ class Windows(_Texts):
         super().__init__(seed)
         self.length, self._tokenizer = length, tokenizer
         self.texts, self._held_out = [], {}
+        encoded = {}  # a text may be named several times
         for path in paths:
-            tokens = torch.tensor(tokenizer.encode(_read(path), add_special_tokens=False).ids)
+            if path not in encoded:
+                encoding = tokenizer.encode(_read(path), add_special_tokens=False)
+                encoded[path] = torch.tensor(encoding.ids)
+            tokens = encoded[path]
             cut = len(tokens) - max(int(HELD_OUT_SHARE * len(tokens)), length)
             if cut < 2 * length:
                 raise DataError(

@@ -82,6 +82,9 @@ class NestedLinear(nn.Module):
         self._frozen = {}  # dense products of frozen factors, by rank
         self._weight = None  # of the level, delta included
         self._gathered = None
+        self.composes = False  # whether a pass sees one matrix, whatever the form
+        self._matrix = None  # that matrix, a leaf,
+        self._composed = None  # and what it is made of, where that trains
 
     def add_delta(self, rank: int, generator: torch.Generator):
         """A term of `rank` components that is zero at first: random V, U = 0."""
@@ -116,17 +119,43 @@ class NestedLinear(nn.Module):
     def delta_rank(self) -> int:
         return 0 if self.delta_a is None else self.delta_a.shape[0]
 
-    @torch.no_grad()
     def set_level(self, form: str, rank: int):
         """Sums up what is frozen: to be called again after a step of the optimiser. Passes of
         several threads may then share the layer."""
         self.form, self.rank = form, rank
-        if not self._runs_delta:
-            return
-        product = self._product(rank - self.delta_rank)
-        if self._weight is None:
-            self._weight = torch.empty_like(product)
-        torch.addmm(product, self.delta_bt.T, self.delta_a, out=self._weight)
+        if self.composes:
+            self._compose()
+        elif self._runs_delta:
+            with torch.no_grad():
+                product = self._product(rank - self.delta_rank)
+                if self._weight is None:
+                    self._weight = torch.empty_like(product)
+                torch.addmm(product, self.delta_bt.T, self.delta_a, out=self._weight)
+
+    def _compose(self):
+        if self.form == "dense":
+            matrix = self.dense
+        elif self._runs_delta:
+            product = self._product(self.rank - self.delta_rank)
+            matrix = torch.addmm(product, self.delta_bt.T, self.delta_a)
+        else:
+            a, bt = self._level_factors()
+            matrix = bt.T @ a
+            if self.form == "residual":
+                matrix = matrix + self.coarse
+        self._composed = matrix if matrix.requires_grad else None
+        # A leaf that wants its gradient even where nothing trains: every layer then looks alike to
+        # what is compiled.
+        self._matrix = matrix.detach().requires_grad_()
+
+    def take_gradient(self):
+        """What the level's matrix is made of and the gradient that passes left by the matrix; None
+        where nothing trains."""
+        if self._composed is None or self._matrix.grad is None:
+            return None
+        pair = (self._composed, self._matrix.grad)
+        self._composed = None
+        return pair
 
     @property
     def _runs_delta(self) -> bool:
@@ -135,18 +164,24 @@ class NestedLinear(nn.Module):
     def _product(self, rank: int) -> torch.Tensor:
         """B_r A_r [out, in] of frozen prefix factors."""
         if rank not in self._frozen:
-            self._frozen[rank] = self.prefix_bt[:rank].T @ self.prefix_a[:rank]
+            with torch.no_grad():
+                self._frozen[rank] = self.prefix_bt[:rank].T @ self.prefix_a[:rank]
         return self._frozen[rank]
 
+    def _level_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        a, bt = getattr(self, f"{self.form}_a"), getattr(self, f"{self.form}_bt")
+        return a[: self.rank], bt[: self.rank]
+
     def forward(self, x):
+        if self.composes:
+            return F.linear(x, self._matrix, self.bias)
         if self.form == "dense":
             return F.linear(x, self.dense, self.bias)
         if self._runs_delta:
             return _DeltaLinear.apply(
                 x, self._weight, self.delta_bt, self.delta_a, self.bias, self._gathered
             )
-        a, bt = getattr(self, f"{self.form}_a"), getattr(self, f"{self.form}_bt")
-        a, bt = a[: self.rank], bt[: self.rank]
+        a, bt = self._level_factors()
         # Many rows through two thin products may cost more than making the matrix that they are.
         rows, (out, in_) = x.numel() // x.shape[-1], self.dense.shape
         if (rows + self.rank) * out * in_ < rows * self.rank * (out + in_):
@@ -298,6 +333,29 @@ class NestedModel(nn.Module):
         level = self.artifact.levels[index]
         for nested, form, rank in zip(self.nested, level.forms, level.ranks):
             nested.set_level(form, rank)
+
+    def compose(self, compiles: bool):
+        """From here on set_level makes one matrix of each layer, and passes see no more of the
+        level than that, so that blocks compiled once serve every level. For passes of many rows,
+        which would rather do one large product than two thin ones. After backward passes,
+        `spread_gradients` is to be called."""
+        for nested in self.nested:
+            nested.composes = True
+        if compiles:
+            base = self.model if self.is_encoder else self.model.base_model
+            blocks = base.encoder.layer if self.is_encoder else base.layers
+            for block in blocks:
+                block.compile(dynamic=self.is_encoder)
+
+    def spread_gradients(self):
+        """Takes the gradients by the level's matrices on to what they are made of."""
+        pairs = [pair for nested in self.nested if (pair := nested.take_gradient()) is not None]
+        if pairs:
+            torch.autograd.backward(*zip(*pairs))
+
+    def flops_per_token(self) -> float:
+        """Of a pass that sees one matrix of each layer: forward alone, attention not counted."""
+        return 2.0 * sum(nested.layer.out * nested.layer.in_ for nested in self.nested)
 
     def hidden(self, tokens: torch.Tensor, mask=None) -> torch.Tensor:
         """Last hidden states [batch, length, hidden] of token ids [batch, length]; `mask`, of the

@@ -5,7 +5,9 @@ import math
 
 import torch
 
-from consolidate.objectives import CHUNK_ROWS, cross_entropy
+from torch.nn import functional as F
+
+from consolidate.objectives import CHUNK_ROWS
 
 
 @torch.no_grad()
@@ -15,11 +17,12 @@ def mean_loss(model, batches) -> float:
     for batch in batches:
         rows = model.hidden(batch.tokens)[:, :-1].flatten(0, 1)
         targets = batch.tokens[:, 1:].flatten()
-        for begin in range(0, len(rows), CHUNK_ROWS):
-            chunk = slice(begin, begin + CHUNK_ROWS)
+        size = CHUNK_ROWS[rows.device.type]
+        for begin in range(0, len(rows), size):
+            chunk = slice(begin, begin + size)
             with model.precision():
-                logits = model.head(rows[chunk]).float()
-            total += cross_entropy(logits, targets[chunk])[0]
+                logits = model.head(rows[chunk])
+            total += F.cross_entropy(logits.float(), targets[chunk], reduction="sum").item()
         count += len(targets)
     return total / count
 
@@ -54,6 +57,10 @@ class Judge:
     def qualities(self, model, levels) -> dict[str, dict[int, float]]:
         """By text and level: perplexity(full) / perplexity(level); of an encoder Spearman to the
         full level's own similarities."""
+        with torch.compiler.set_stance("force_eager"):  # windows here are of other shapes
+            return self._qualities(model, levels)
+
+    def _qualities(self, model, levels) -> dict[str, dict[int, float]]:
         found = {}
         for name in self.held_out:
             if name not in self._full:

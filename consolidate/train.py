@@ -59,6 +59,7 @@ class Trainer:
             lr=0.0,
             betas=(0.9, 0.95),
             weight_decay=0.0,
+            fused=model.device.type == "cuda",
         )
         self.step = 0
         self.elapsed = 0.0  # seconds, of earlier runs too
@@ -125,7 +126,7 @@ class Trainer:
     def _batch(self, number: int):
         return self.text.batch(number, self.settings.micro_batch).to(self.model.device)
 
-    def _pass(self, level: int, first: int, share: float) -> float:
+    def _pass(self, level: int, first: int, share: float) -> torch.Tensor:
         """The mean loss at a level of a batch for each worker, from number `first` on."""
         batches = [self._batch(number) for number in range(first, first + self.settings.workers)]
         losses = self.objective.step(self.model, level, batches, share, self._workers.map)
@@ -168,6 +169,7 @@ class Trainer:
             first = self.step * count + turn * settings.workers
             losses.append(self._pass(level, first, 1 / count))
         norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), settings.clip).item()
+        losses = [loss.item() for loss in losses]  # the step's only wait for the device is here
         self._check(levels, losses, norm)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)

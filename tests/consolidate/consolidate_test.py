@@ -238,7 +238,7 @@ class Losses(unittest.TestCase):
             torch.log_softmax(student, -1), torch.softmax(teacher, -1), reduction="sum"
         )
         expected.backward()
-        self.assertAlmostEqual(value, expected.item(), places=9)
+        self.assertAlmostEqual(value.item(), expected.item(), places=9)
         torch.testing.assert_close(grad, student.grad)
 
     def test_cross_entropy_and_its_gradient(self):
@@ -247,7 +247,7 @@ class Losses(unittest.TestCase):
         value, grad = cross_entropy(logits.detach().clone(), targets)
         expected = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
         expected.backward()
-        self.assertAlmostEqual(value, expected.item(), places=9)
+        self.assertAlmostEqual(value.item(), expected.item(), places=9)
         torch.testing.assert_close(grad, logits.grad)
 
     def test_flexrank_is_zero_at_the_full_level(self):
@@ -261,7 +261,7 @@ class Losses(unittest.TestCase):
         with torch.no_grad():
             torch.testing.assert_close(model.hidden(batch.tokens), rows)
         level = prefix_levels(model)[0]
-        self.assertGreater(objective.step(model, level, [batch], 1.0, map)[0], 1e-4)
+        self.assertGreater(objective.step(model, level, [batch], 1.0, map)[0].item(), 1e-4)
 
     def test_nsn_weighs_by_variance_and_learns_it(self):
         model = open_model()
@@ -441,6 +441,44 @@ class Training(unittest.TestCase):
         model.zero_grad()
         trainer_of(model, self.work, **settings).run()
         return 1 - self.quality(model, lowest) / before
+
+    def gradients(self, trains_term: bool, composes: bool):
+        """Losses by level and gradients by name of one step at each prefix level."""
+        model = open_model()
+        levels = prefix_levels(model)
+        if trains_term:
+            generator = torch.Generator().manual_seed(1)
+            for nested, rank in zip(model.nested, delta.ranks_for(model.artifact, levels, 4)):
+                if rank > 0:
+                    nested.add_delta(rank, generator)
+                    with torch.no_grad():
+                        nested.delta_bt.normal_(std=0.05, generator=generator)
+        else:
+            model.train_factors(levels)
+        objective = FlexRank(model.teacher(), levels)
+        if composes:
+            model.compose(compiles=False)
+        batches = [Batch(torch.tensor([TOKENS])), Batch(torch.tensor([TOKENS[::-1]]))]
+        losses = [
+            loss.item()
+            for level in levels
+            for loss in objective.step(model, level, batches, 0.5, map)
+        ]
+        return losses, {
+            name: parameter.grad
+            for name, parameter in model.named_parameters()
+            if parameter.grad is not None
+        }
+
+    def test_composed_layers_learn_what_plain_ones_do(self):
+        for trains_term in (False, True):
+            losses, plain = self.gradients(trains_term, composes=False)
+            composed_losses, composed = self.gradients(trains_term, composes=True)
+            torch.testing.assert_close(composed_losses, losses, rtol=1e-5, atol=1e-6)
+            self.assertEqual(composed.keys(), plain.keys())
+            self.assertGreater(len(plain), 10)
+            for name, gradient in plain.items():
+                torch.testing.assert_close(composed[name], gradient, rtol=1e-3, atol=1e-5)
 
     def test_factors_improve_the_lowest_level_by_half(self):
         model = open_model()
