@@ -50,6 +50,7 @@ absl::Status CompressAlike(const std::string& directory, const std::string& delt
   options.levels = 3;
   options.max_residual_rank = 16;
   options.max_head_residual_rank = 16;
+  options.gar_levels = std::vector<int>();  // what trains are plain factors
   options.delta = delta;
   options.corpus.calibration_paths = {directory + "/text.txt"};
   options.corpus.calibration_tokens = 1024;
