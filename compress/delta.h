@@ -23,7 +23,8 @@ struct Delta {
 
 // Reads a delta that consolidate/ wrote. `source_sha256` and `layers` are those of the checkpoint
 // that it is meant for. INVALID_ARGUMENT names the file, what does not fit (another checkpoint, a
-// tensor's shape, a value that is not finite, a rank below that of the term) and what was expected.
+// tensor's type or shape, a scale that is not finite, a rank below that of the term) and what was
+// expected.
 absl::StatusOr<Delta> ReadDelta(const std::string& path, const std::string& source_sha256,
                                 const std::vector<LinearSpec>& layers);
 

@@ -5,12 +5,16 @@
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <map>
 #include <random>
+#include <utility>
 
 #include "base/bfloat16.h"
 #include "base/checksum.h"
 #include "base/file.h"
 #include "compress/pipeline.h"
+#include "compress/quantise.h"
+#include "engine/tensor_file.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "kernels/cpu/cpu_backend.h"
@@ -39,22 +43,41 @@ std::string Words(int lines, uint64_t seed) {
   return text;
 }
 
+struct StoredTensor {
+  DType dtype;
+  std::vector<int64_t> shape;
+  std::string bytes;
+};
+
+template <typename Element>
+StoredTensor Stored(DType dtype, std::vector<int64_t> shape, const std::vector<Element>& elements) {
+  return {dtype, std::move(shape),
+          std::string(reinterpret_cast<const char*>(elements.data()),
+                      elements.size() * sizeof(Element))};
+}
+
 // What a delta file says, free to be damaged before it is written.
 struct DeltaFile {
   Json metadata;
-  std::map<std::string, std::pair<std::vector<int64_t>, std::vector<float>>> tensors;
+  std::map<std::string, FactorCodes> factors;    // NAME.a, NAME.bt
+  std::map<std::string, StoredTensor> replaced;  // in place of those that factors are stored as
 
   absl::Status Write(const std::string& path) const {
+    std::map<std::string, StoredTensor> tensors = replaced;
+    for (const auto& [name, factor] : factors) {
+      tensors.emplace(name,
+                      Stored(DType::kI8, {factor.rank, PaddedToGroup(factor.size)}, factor.codes));
+      tensors.emplace(name + "_scales",
+                      Stored(DType::kBf16, {factor.rank, NumGroups(factor.size)}, factor.scales));
+    }
     Json header = {{"__metadata__", metadata}};
     std::string data;
     for (const auto& [name, tensor] : tensors) {
       const size_t begin = data.size();
-      for (const float value : tensor.second) {
-        const uint16_t bits = Bfloat16FromFloat(value);
-        data.append(reinterpret_cast<const char*>(&bits), sizeof(bits));
-      }
-      header[name] = {
-          {"dtype", "BF16"}, {"shape", tensor.first}, {"data_offsets", {begin, data.size()}}};
+      data += tensor.bytes;
+      header[name] = {{"dtype", NameOf(tensor.dtype)},
+                      {"shape", tensor.shape},
+                      {"data_offsets", {begin, data.size()}}};
     }
     const std::string text = header.dump();
     const uint64_t length = text.size();
@@ -62,6 +85,13 @@ struct DeltaFile {
     return WriteFileAtomically(path, file + text + data);
   }
 };
+
+FactorCodes RandomFactor(int64_t rank, int64_t size, std::mt19937_64* random) {
+  std::normal_distribution<float> normal(0, 0.1f);
+  std::vector<float> values;
+  for (int64_t i = 0; i < rank * size; ++i) values.push_back(normal(*random));
+  return QuantiseFactor(values, rank, size);
+}
 
 class DeltaTest : public testing::Test {
  protected:
@@ -99,7 +129,6 @@ class DeltaTest : public testing::Test {
   // dense on the upper one.
   DeltaFile ValidFile() const {
     std::mt19937_64 random(7);
-    std::normal_distribution<float> normal(0, 0.1f);
     DeltaFile file;
     Json names = Json::array();
     Json levels = Json::array();
@@ -115,13 +144,11 @@ class DeltaTest : public testing::Test {
     for (const LinearSpec& layer : layers_) {
       names.push_back(layer.name);
       for (const auto& [part, size] : {std::pair(".a", layer.in), std::pair(".bt", layer.out)}) {
-        std::vector<float> values;
-        for (int64_t i = 0; i < kRank * size; ++i) values.push_back(normal(random));
-        file.tensors[layer.name + part] = {{kRank, size}, values};
+        file.factors[layer.name + part] = RandomFactor(kRank, size, &random);
       }
     }
     file.metadata = {{"format", "nestor-delta"},
-                     {"version", "1"},
+                     {"version", "2"},
                      {"source_sha256", sha256_},
                      {"layers", names.dump()},
                      {"levels", levels.dump()}};
@@ -150,32 +177,10 @@ class DeltaTest : public testing::Test {
   std::string sha256_;
 };
 
-// The terms of a valid file, multiplied out; [out, in].
-std::vector<double> Product(const std::vector<float>& a, const std::vector<float>& bt, int64_t out,
-                            int64_t in) {
-  std::vector<double> product(static_cast<size_t>(out * in));
-  for (int64_t k = 0; k < kRank; ++k) {
-    for (int64_t i = 0; i < out; ++i) {
-      for (int64_t j = 0; j < in; ++j) {
-        product[static_cast<size_t>(i * in + j)] +=
-            static_cast<double>(bt[static_cast<size_t>(k * out + i)]) *
-            a[static_cast<size_t>(k * in + j)];
-      }
-    }
-  }
-  return product;
-}
-
-std::vector<float> FirstRows(const int8_t* codes, const uint16_t* scales, int64_t rows,
-                             int64_t size) {
-  std::vector<float> values;
-  for (int64_t k = 0; k < rows; ++k) {
-    for (int64_t j = 0; j < size; ++j) {
-      values.push_back(FloatFromBfloat16(scales[k * NumGroups(size) + j / kGroupSize]) *
-                       static_cast<float>(codes[k * PaddedToGroup(size) + j]));
-    }
-  }
-  return values;
+// Whether the first stored rows are those of `factor`, bit for bit.
+bool Hold(const int8_t* codes, const uint16_t* scales, const FactorCodes& factor) {
+  return std::equal(factor.codes.begin(), factor.codes.end(), codes) &&
+         std::equal(factor.scales.begin(), factor.scales.end(), scales);
 }
 
 TEST_F(DeltaTest, TermsComeFirstAtItsLevelsAndTheWeightsComponentsFollow) {
@@ -183,8 +188,9 @@ TEST_F(DeltaTest, TermsComeFirstAtItsLevelsAndTheWeightsComponentsFollow) {
   ASSERT_TRUE(file.Write(Path("terms.safetensors")).ok());
   // The same levels, so that factors are refitted alike, and terms that are zero.
   DeltaFile zeros = file;
-  for (auto& [name, tensor] : zeros.tensors) {
-    std::fill(tensor.second.begin(), tensor.second.end(), 0.0f);
+  for (auto& [name, factor] : zeros.factors) {
+    std::fill(factor.codes.begin(), factor.codes.end(), 0);
+    std::fill(factor.scales.begin(), factor.scales.end(), 0);
   }
   ASSERT_TRUE(zeros.Write(Path("zeros.safetensors")).ok());
   std::unique_ptr<NestedModel> models[2];
@@ -207,18 +213,10 @@ TEST_F(DeltaTest, TermsComeFirstAtItsLevelsAndTheWeightsComponentsFollow) {
     const FactorView& factors = with->prefix;
     // With random terms the other level may measure worse and be left out, with its ranks.
     ASSERT_GE(factors.max_rank, 8);
-    const std::vector<double> expected =
-        Product(file.tensors.at(layer.name + ".a").second,
-                file.tensors.at(layer.name + ".bt").second, layer.out, layer.in);
-    const std::vector<double> stored =
-        Product(FirstRows(factors.a, factors.a_scales, kRank, layer.in),
-                FirstRows(factors.bt, factors.bt_scales, kRank, layer.out), layer.out, layer.in);
-    double error = 0, energy = 0;
-    for (size_t j = 0; j < expected.size(); ++j) {
-      error += (stored[j] - expected[j]) * (stored[j] - expected[j]);
-      energy += expected[j] * expected[j];
-    }
-    EXPECT_LT(std::sqrt(error / energy), 0.02) << layer.name;  // int8 on both sides
+    EXPECT_TRUE(Hold(factors.a, factors.a_scales, file.factors.at(layer.name + ".a")))
+        << layer.name;
+    EXPECT_TRUE(Hold(factors.bt, factors.bt_scales, file.factors.at(layer.name + ".bt")))
+        << layer.name;
     const int64_t rest = std::min(factors.max_rank, without->prefix.max_rank) - kRank;
     EXPECT_EQ(std::memcmp(factors.a + kRank * PaddedToGroup(layer.in),
                           without->prefix.a + kRank * PaddedToGroup(layer.in),
@@ -298,32 +296,47 @@ TEST_F(DeltaTest, AnotherCheckpointIsRefused) {
 TEST_F(DeltaTest, WhatIsNoDeltaIsRefused) {
   EXPECT_THAT(Refusal([](DeltaFile* file) { file->metadata = Json::object(); }),
               HasSubstr("metadata format: absent, expected nestor-delta"));
-  EXPECT_THAT(Refusal([](DeltaFile* file) { file->metadata["version"] = "2"; }),
-              HasSubstr("metadata version: 2, expected 1"));
+  EXPECT_THAT(Refusal([](DeltaFile* file) { file->metadata["version"] = "1"; }),
+              HasSubstr("metadata version: 1, expected 2"));
   EXPECT_THAT(Refusal([](DeltaFile* file) { file->metadata["levels"] = "[[["; }),
               HasSubstr("metadata levels: expected a list"));
 }
 
 TEST_F(DeltaTest, TensorsThatDoNotFitAreRefused) {
   const std::string name = layers_[1].name;
+  const int64_t in = layers_[1].in;
+  std::mt19937_64 random(3);
+  // A factor for inputs that are a group too few.
   EXPECT_THAT(Refusal([&](DeltaFile* file) {
-                auto& [shape, values] = file->tensors[name + ".a"];
-                shape[1] -= 1;
-                values.resize(static_cast<size_t>(shape[0] * shape[1]));
+                file->factors[name + ".a"] = RandomFactor(kRank, in - kGroupSize, &random);
               }),
               HasSubstr(name + ".a: shape"));
   EXPECT_THAT(Refusal([&](DeltaFile* file) {
-                file->tensors[name + ".a"].second[3] = std::numeric_limits<float>::quiet_NaN();
+                file->factors[name + ".bt"] = RandomFactor(kRank + 1, layers_[1].out, &random);
               }),
-              AllOf(HasSubstr(name + ".a"), HasSubstr("not finite")));
+              HasSubstr(name + ".bt: shape"));
+  EXPECT_THAT(Refusal([&](DeltaFile* file) {
+                file->replaced[name + ".a"] =
+                    Stored(DType::kU8, {kRank, PaddedToGroup(in)},
+                           std::vector<uint8_t>(static_cast<size_t>(kRank * PaddedToGroup(in))));
+              }),
+              HasSubstr(name + ".a: type U8, expected I8"));
+  EXPECT_THAT(Refusal([&](DeltaFile* file) {
+                file->replaced[name + ".a_scales"] =
+                    Stored(DType::kI8, {kRank, NumGroups(in)},
+                           std::vector<int8_t>(static_cast<size_t>(kRank * NumGroups(in))));
+              }),
+              HasSubstr(name + ".a_scales: type I8, expected BF16"));
+  EXPECT_THAT(Refusal([&](DeltaFile* file) {
+                file->factors[name + ".bt"].scales.back() =
+                    Bfloat16FromFloat(std::numeric_limits<float>::quiet_NaN());
+              }),
+              AllOf(HasSubstr(name + ".bt_scales"), HasSubstr("not finite")));
   EXPECT_THAT(
-      Refusal([&](DeltaFile* file) {
-        const int64_t in = layers_[1].in;
-        file->tensors[name + ".a"] = {{60, in}, std::vector<float>(static_cast<size_t>(60 * in))};
-      }),
+      Refusal([&](DeltaFile* file) { file->factors[name + ".a"] = RandomFactor(60, in, &random); }),
       HasSubstr(name + ".a: 60 components, expected 1 to"));
   EXPECT_THAT(Refusal([&](DeltaFile* file) {
-                file->tensors["other.a"] = {{1}, {1.0f}};
+                file->replaced["other.a"] = Stored(DType::kI8, {1}, std::vector<int8_t>(1));
               }),
               HasSubstr("other.a: belongs to no layer"));
 }
