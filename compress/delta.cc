@@ -72,8 +72,9 @@ std::vector<std::string> TensorsOf(const LinearSpec& layer) {
   return names;
 }
 
+// As gar pairs, which a level's layers may be.
 int64_t LargestPrefixRank(const LinearSpec& layer) {
-  const std::vector<int64_t> ranks = PrefixRanks(layer.out, layer.in, /*may_be_gar=*/false);
+  const std::vector<int64_t> ranks = PrefixRanks(layer.out, layer.in, /*may_be_gar=*/true);
   return ranks.empty() ? 0 : ranks.back();
 }
 
@@ -181,8 +182,10 @@ absl::Status PutBefore(const FactorCodes& term, const std::string& name, TensorS
   const auto put = [&](const std::string& tensor, std::span<const std::byte> first) {
     absl::StatusOr<std::vector<std::byte>> bytes = spill->Read(tensor);
     if (!bytes.ok()) return bytes.status();
-    std::copy_backward(bytes->begin(), bytes->end() - std::ssize(first), bytes->end());
-    std::copy(first.begin(), first.end(), bytes->begin());
+    // Fewer rows than the term has, where no level runs them: plain factors stop at break-even.
+    const ptrdiff_t kept = std::min(std::ssize(first), std::ssize(*bytes));
+    std::copy_backward(bytes->begin(), bytes->end() - kept, bytes->end());
+    std::copy_n(first.begin(), kept, bytes->begin());
     return spill->Replace(tensor, *bytes);
   };
   NESTOR_RETURN_IF_ERROR(put(name, std::as_bytes(std::span(term.codes))));

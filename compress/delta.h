@@ -17,7 +17,8 @@ namespace nestor {
 // components of the term come before those of the layer's prefix factors, so that a level of rank
 // r runs the term and the first r - k components of the weight.
 struct Delta {
-  std::vector<Profile> profiles;  // forms dense and prefix, nested, cheapest first
+  // Forms dense and prefix, of any rank that a gar pair may have; nested, cheapest first.
+  std::vector<Profile> profiles;
   std::vector<FactorPair> terms;  // by layer; of rank 0 where it has none
 };
 

@@ -14,6 +14,7 @@
 #include "base/file.h"
 #include "compress/pipeline.h"
 #include "compress/quantise.h"
+#include "engine/engine.h"
 #include "engine/tensor_file.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
@@ -86,8 +87,9 @@ struct DeltaFile {
   }
 };
 
-FactorCodes RandomFactor(int64_t rank, int64_t size, std::mt19937_64* random) {
-  std::normal_distribution<float> normal(0, 0.1f);
+FactorCodes RandomFactor(int64_t rank, int64_t size, std::mt19937_64* random,
+                         float deviation = 0.1f) {
+  std::normal_distribution<float> normal(0, deviation);
   std::vector<float> values;
   for (int64_t i = 0; i < rank * size; ++i) values.push_back(normal(*random));
   return QuantiseFactor(values, rank, size);
@@ -96,10 +98,14 @@ FactorCodes RandomFactor(int64_t rank, int64_t size, std::mt19937_64* random) {
 class DeltaTest : public testing::Test {
  protected:
   void SetUp() override {
-    ASSERT_TRUE(WriteTinyLlama(Path("llama")).ok());
     ASSERT_TRUE(WriteFileAtomically(Path("text.txt"), Words(800, 1)).ok());
     ASSERT_TRUE(WriteFileAtomically(Path("held_out.txt"), Words(100, 2)).ok());
-    auto source = NestedModel::Open(Path("llama"));
+    ASSERT_TRUE(WriteTinyLlama(Path("source")).ok());
+    ReadSource();
+  }
+
+  void ReadSource() {
+    auto source = NestedModel::Open(Path("source"));
     ASSERT_TRUE(source.ok()) << source.status();
     layers_ = (*source)->layers();
     auto sha256 = Sha256OfFiles((*source)->tensors().paths());
@@ -111,10 +117,11 @@ class DeltaTest : public testing::Test {
 
   CompressOptions Options(const std::string& output) const {
     CompressOptions options;
-    options.source = Path("llama");
+    options.source = Path("source");
     options.output = Path(output);
     options.ladder = LadderChoice::kPrefix;
     options.levels = 2;
+    options.gar_levels = std::vector<int>();
     options.corpus.calibration_paths = {Path("text.txt")};
     options.corpus.evaluation_path = Path("held_out.txt");
     options.corpus.calibration_tokens = 2560;
@@ -153,6 +160,58 @@ class DeltaTest : public testing::Test {
                      {"layers", names.dump()},
                      {"levels", levels.dump()}};
     return file;
+  }
+
+  // A file for gar pairs: every layer at these ranks on its levels, a Llama's key and value
+  // layers, which have 24 outputs, at a third of them. Terms of deviation 0.3 are as large as the
+  // weights.
+  DeltaFile FileAtRanks(const std::vector<int64_t>& ranks, float deviation) const {
+    std::mt19937_64 random(9);
+    DeltaFile file = ValidFile();
+    for (auto& [name, factor] : file.factors) {
+      factor = RandomFactor(factor.rank, factor.size, &random, deviation);
+    }
+    Json levels = Json::array();
+    for (const int64_t rank : ranks) {
+      Json own = Json::array();
+      for (const LinearSpec& layer : layers_) own.push_back(layer.out == 24 ? rank / 3 : rank);
+      levels.push_back(
+          {{"forms", std::vector<std::string>(layers_.size(), "prefix")}, {"ranks", own}});
+    }
+    file.metadata["levels"] = levels.dump();
+    return file;
+  }
+
+  // Compresses with a delta. REQUIRES: that the level is not left out for measuring worse than the
+  // one below.
+  Level CompressedLevel(const DeltaFile& file, const CompressOptions& options, size_t level) const {
+    EXPECT_TRUE(file.Write(options.delta).ok());
+    const auto report = Compress(options);
+    EXPECT_TRUE(report.ok()) << report.status();
+    if (!report.ok()) return {};
+    EXPECT_GT(report->levels.size(), level + 1);
+    return report->levels[level];
+  }
+
+  // Logits of the cheapest level after every token of a text.
+  std::vector<float> CheapestLogits(const std::string& artifact) const {
+    auto model = NestedModel::Open(artifact);
+    EXPECT_TRUE(model.ok()) << model.status();
+    auto engine = OpenEngine(*std::move(model), Options("").make_backend, kWindowTokens);
+    EXPECT_TRUE(engine.ok()) << engine.status();
+    std::vector<int32_t> tokens;
+    for (const char letter : Words(8, 5)) tokens.push_back(letter);
+    const auto sequence = (*engine)->AddSequence(std::ssize(tokens));
+    EXPECT_TRUE(sequence.ok()) << sequence.status();
+    StepPlan plan;
+    plan.entries.push_back({.sequence = *sequence,
+                            .tokens = tokens,
+                            .level = 0,
+                            .output = StepEntry::Output::kAllLogits});
+    const auto result = (*engine)->Step(plan);
+    EXPECT_TRUE(result.ok()) << result.status();
+    const auto& values = result->entries[0].values;
+    return {values.begin(), values.end()};
   }
 
   // The message with which a file, damaged in one way, is refused.
@@ -246,7 +305,6 @@ TEST_F(DeltaTest, ItsLevelsAreRead) {
 
 TEST_F(DeltaTest, ComponentsAfterTheTermsAreThoseOfAPlainLadder) {
   CompressOptions plain_options = Options("plain");
-  plain_options.gar_levels = std::vector<int>();
   const auto plain = Compress(plain_options);
   ASSERT_TRUE(plain.ok()) << plain.status();
   // The plain ladder's own levels, with terms where a layer runs enough components.
@@ -285,6 +343,103 @@ TEST_F(DeltaTest, ComponentsAfterTheTermsAreThoseOfAPlainLadder) {
     ++compared;
   }
   EXPECT_GT(compared, 5);
+}
+
+// ||a - b|| / ||b||.
+double Apart(const std::vector<float>& a, const std::vector<float>& b) {
+  double difference = 0, energy = 0;
+  EXPECT_EQ(a.size(), b.size());
+  for (size_t i = 0; i < std::min(a.size(), b.size()); ++i) {
+    difference += std::pow(static_cast<double>(a[i]) - b[i], 2);
+    energy += std::pow(static_cast<double>(b[i]), 2);
+  }
+  return std::sqrt(difference / energy);
+}
+
+TEST_F(DeltaTest, AGarLevelComputesWhatPlainFactorsDoAndCostsLess) {
+  // A third of the rank and less than break-even, so that both forms pay.
+  const DeltaFile file = FileAtRanks({24, 32}, 0.3f);
+  DeltaFile zeros = file;
+  for (auto& [name, factor] : zeros.factors) {
+    std::fill(factor.scales.begin(), factor.scales.end(), 0);
+  }
+  Level gar, plain;
+  for (const auto& [name, level] : {std::pair("gar", &gar), std::pair("plain", &plain)}) {
+    CompressOptions options = Options(name);
+    options.activations = Activations::kFloat;
+    options.delta = Path(std::string(name) + ".safetensors");
+    if (level == &gar) options.gar_levels = std::nullopt;
+    *level = CompressedLevel(file, options, 0);
+  }
+  CompressOptions options = Options("zeros");
+  options.activations = Activations::kFloat;
+  options.delta = Path("zeros.safetensors");
+  CompressedLevel(zeros, options, 0);
+  const std::vector<float> expected = CheapestLogits(Path("plain"));
+  EXPECT_LT(Apart(CheapestLogits(Path("gar")), expected), 0.05);
+  EXPECT_GT(Apart(CheapestLogits(Path("zeros")), expected), 0.5);
+
+  ASSERT_EQ(gar.profile.size(), layers_.size());
+  int64_t saved = 0;
+  const auto model = NestedModel::Open(Path("gar"));
+  ASSERT_TRUE(model.ok()) << model.status();
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    const int64_t rank = layers_[i].out == 24 ? 8 : 24;
+    EXPECT_EQ(gar.profile[i], (FormAndRank{Form::kGar, rank})) << layers_[i].name;
+    EXPECT_EQ(plain.profile[i], (FormAndRank{Form::kPrefix, rank})) << layers_[i].name;
+    saved += 2 * rank * rank;  // r (m + n - r) instead of r (m + n), in FLOPs
+    EXPECT_EQ((*model)->StoredRank(i, Form::kPrefix), 0) << layers_[i].name;
+  }
+  EXPECT_EQ(gar.cost.flops, plain.cost.flops - saved);
+  EXPECT_LT(gar.relative_flops, plain.relative_flops);
+}
+
+TEST_F(DeltaTest, RanksAboveBreakEvenRunAsGarPairsOrDense) {
+  // An encoder of random weights measures better the more it runs, so that no level is left out.
+  ASSERT_TRUE(WriteTinyBert(Path("source")).ok());
+  ReadSource();
+  // Plain factors of the square layers pay up to 32, those of the others up to 40.
+  const DeltaFile file = FileAtRanks({36, 48}, 0.03f);
+  CompressOptions options = Options("gar");
+  options.evaluation_tokens = 1024;
+  options.delta = Path("terms.safetensors");
+  options.gar_levels = std::nullopt;
+  const Level gar = CompressedLevel(file, options, 1);
+  options.output = Path("plain");
+  options.gar_levels = std::vector<int>();
+  const Level plain = CompressedLevel(file, options, 0);
+  // What is dense at the lower level is so at the upper, which may have pairs.
+  options.output = Path("upper");
+  options.gar_levels = {{1}};
+  const Level upper = CompressedLevel(file, options, 1);
+  ASSERT_EQ(gar.profile.size(), layers_.size());
+  ASSERT_EQ(plain.profile.size(), layers_.size());
+  ASSERT_EQ(upper.profile.size(), layers_.size());
+  int num_dense = 0;
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    const bool is_square = layers_[i].out == layers_[i].in;
+    EXPECT_EQ(gar.profile[i], (FormAndRank{Form::kGar, 48}));
+    EXPECT_EQ(plain.profile[i], is_square ? FormAndRank{} : (FormAndRank{Form::kPrefix, 36}));
+    EXPECT_EQ(upper.profile[i], is_square ? FormAndRank{} : gar.profile[i]);
+    num_dense += is_square ? 1 : 0;
+  }
+  EXPECT_EQ(num_dense, 8);
+  EXPECT_LT(gar.relative_flops, upper.relative_flops);
+  EXPECT_LT(plain.relative_flops, 1);
+}
+
+TEST_F(DeltaTest, ATermOfMoreComponentsThanPlainFactorsHaveIsLeftOut) {
+  DeltaFile file = FileAtRanks({16, 24}, 0.1f);
+  std::mt19937_64 random(4);
+  for (const auto& [part, size] :
+       {std::pair(".a", layers_[0].in), std::pair(".bt", layers_[0].out)}) {
+    file.factors[layers_[0].name + part] = RandomFactor(40, size, &random);
+  }
+  SetInLevel(&file, 0, "ranks", 0, 40);
+  SetInLevel(&file, 1, "ranks", 0, 40);
+  CompressOptions options = Options("out");
+  options.delta = Path("terms.safetensors");
+  EXPECT_EQ(CompressedLevel(file, options, 0).profile.at(0), FormAndRank{});
 }
 
 TEST_F(DeltaTest, AnotherCheckpointIsRefused) {
@@ -351,6 +506,9 @@ TEST_F(DeltaTest, LevelsThatDoNotFitAreRefused) {
               AllOf(HasSubstr("levels[0].ranks[2]: 1"), HasSubstr("a count from 2")));
   EXPECT_THAT(Refusal([](DeltaFile* file) { SetInLevel(file, 1, "ranks", 2, 4000); }),
               HasSubstr("levels[1].ranks[2]: 4000"));
+  // Of 24 outputs nine tenths in steps of 4.
+  EXPECT_THAT(Refusal([](DeltaFile* file) { SetInLevel(file, 1, "ranks", 2, 21); }),
+              AllOf(HasSubstr("levels[1].ranks[2]: 21"), HasSubstr("its term's, to 20")));
   EXPECT_THAT(Refusal([](DeltaFile* file) { SetInLevel(file, 1, "forms", 2, "residual"); }),
               HasSubstr("levels[1].forms[2]: \"residual\", expected dense or prefix"));
   EXPECT_THAT(Refusal([](DeltaFile* file) { SetInLevel(file, 1, "ranks", 2, 4); }),
@@ -363,6 +521,10 @@ TEST_F(DeltaTest, OptionsThatContradictItAreRefused) {
   options.ladder = LadderChoice::kResidual;
   EXPECT_THAT(std::string(Compress(options).status().message()), HasSubstr("a prefix ladder"));
   options.ladder = LadderChoice::kPrefix;
+  ASSERT_TRUE(ValidFile().Write(options.delta).ok());
+  options.gar_levels = {{1, 2}};
+  EXPECT_THAT(std::string(Compress(options).status().message()),
+              HasSubstr("gar levels: expected 0 to 1, from the ladder's cheapest; was 2"));
   options.search.costs = {0.8};
   EXPECT_THAT(std::string(Compress(options).status().message()),
               HasSubstr("names the levels itself"));
