@@ -160,11 +160,15 @@ def _take_term(path, tensors: dict[str, torch.Tensor], layer: Layer) -> tuple[tu
 
 def apply(path, directory, output):
     """Writes the artifact in `directory` with a delta in its prefix factors, as nestor compress
-    --delta puts it there. Its stated qualities are then to be measured anew."""
+    --delta puts it there. Its stated qualities are then to be measured anew. ArtifactError where a
+    layer with a term is a gar pair."""
     artifact = Artifact(directory)
     tensors = dict(artifact.tensors)
-    for name, term in _stored(path, artifact).items():
-        tensors.update(_with_term(tensors, name, term))
+    terms = _stored(path, artifact)
+    for layer in artifact.layers:
+        if layer.name in terms:
+            artifact.check_has_no_gar(layer)
+            tensors.update(_with_term(tensors, layer.name, terms[layer.name]))
     artifact.write(output, tensors)
 
 

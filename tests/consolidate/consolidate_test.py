@@ -388,6 +388,38 @@ class Delta(unittest.TestCase):
             self.assertLess((outputs[level] - trained).abs().max().item(), 0.03 * scale)
             self.assertGreater((plain[level] - trained).abs().max().item(), 0.1 * scale)
 
+    def test_gar_levels_are_read_as_the_engine_runs_them(self):
+        out = path("gar.nested")
+        fixture("gar", path("llama"), self.file, out)
+        self.addCleanup(shutil.rmtree, out)
+        artifact = Artifact(out)
+        self.assertLess(set(artifact.others()), set(artifact.tensors))
+        self.assertFalse([name for name in artifact.others() if ".gar." in name])
+        tokens = torch.tensor([TOKENS])
+        outputs = engine_outputs(out)
+        model = open_model()  # of the same source
+        for level, (stated, values) in enumerate(zip(artifact.levels, outputs)):
+            if stated.ladder == "prefix":
+                self.assertIn("gar", stated.forms)
+            for nested, form, rank in zip(model.nested, stated.forms, stated.ranks):
+                nested.dense = artifact.weight(nested.layer, form, rank)
+                nested.set_level("dense", 0)
+            with torch.no_grad():
+                logits = model.logits(tokens).flatten()
+            scale = values.abs().max().item()
+            self.assertLess((logits - values).abs().max().item(), 1e-4 * scale, f"level {level}")
+            if level not in self.levels:
+                continue
+            self.model.set_level(level)
+            with torch.no_grad():
+                trained = self.model.logits(tokens).flatten()
+            self.assertLess((trained - values).norm().item(), 0.05 * trained.norm().item())
+        with self.assertRaisesRegex(ArtifactError, "is a gar pair, expected plain factors"):
+            NestedModel(artifact)
+        with self.assertRaisesRegex(ArtifactError, "is a gar pair"):
+            delta.apply(self.file, out, path("not_written.nested"))
+        self.assertFalse(path("not_written.nested").exists())
+
     def test_what_is_loaded_is_the_term_but_for_its_rounding(self):
         loaded = delta.load(self.file, Artifact(path("llama", "nested")))
         trained = {n.layer.name: n for n in self.model.nested if n.delta_rank > 0}
