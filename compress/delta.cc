@@ -2,10 +2,12 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <set>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "base/bfloat16.h"
 #include "base/status_macros.h"
 #include "compress/quantise.h"
 #include "engine/tensor_file.h"
@@ -17,7 +19,7 @@ namespace {
 using Json = nlohmann::json;
 
 constexpr const char* kFormat = "nestor-delta";
-constexpr const char* kVersion = "1";
+constexpr const char* kVersion = "2";
 
 absl::Status DeltaError(const std::string& path, const std::string& what) {
   return absl::InvalidArgumentError(absl::StrCat(path, ": ", what));
@@ -61,69 +63,79 @@ absl::Status CheckLayers(const TensorFile& file, const std::vector<LinearSpec>& 
   return absl::OkStatus();
 }
 
-// `values` [rank, size], each row times its scale.
-std::vector<float> Scaled(std::vector<float> values, const std::vector<float>& scales) {
-  const size_t size = scales.empty() ? 0 : values.size() / scales.size();
-  for (size_t i = 0; i < values.size(); ++i) values[i] *= scales[i / size];
-  return values;
-}
-
-double Norm(const std::vector<float>& values, int64_t row, int64_t size) {
-  double sum = 0;
-  for (int64_t i = row * size; i < (row + 1) * size; ++i) {
-    const double value = values[static_cast<size_t>(i)];
-    sum += value * value;
+// Of its term.
+std::vector<std::string> TensorsOf(const LinearSpec& layer) {
+  std::vector<std::string> names;
+  for (const char* part : {".a", ".a_scales", ".bt", ".bt_scales"}) {
+    names.push_back(layer.name + part);
   }
-  return std::sqrt(sum);
+  return names;
 }
 
+// As gar pairs, which a level's layers may be.
 int64_t LargestPrefixRank(const LinearSpec& layer) {
-  const std::vector<int64_t> ranks = PrefixRanks(layer.out, layer.in, /*may_be_gar=*/false);
+  const std::vector<int64_t> ranks = PrefixRanks(layer.out, layer.in, /*may_be_gar=*/true);
   return ranks.empty() ? 0 : ranks.back();
 }
 
+absl::StatusOr<TensorView> TypedTensor(const TensorFile& file, const std::string& name, DType dtype,
+                                       const std::vector<int64_t>& shape) {
+  NESTOR_ASSIGN_OR_RETURN(TensorView view, file.Get(name, shape));
+  if (view.dtype == dtype) return view;
+  return DeltaError(view.path, absl::StrCat("tensor ", name, ": type ", NameOf(view.dtype),
+                                            ", expected ", NameOf(dtype)));
+}
+
+template <typename Element>
+std::vector<Element> Elements(const TensorView& view) {
+  std::vector<Element> elements(view.bytes.size() / sizeof(Element));
+  std::memcpy(elements.data(), view.bytes.data(), view.bytes.size());
+  return elements;
+}
+
+// One side of a term; `rank` is -1 where any is right.
+absl::StatusOr<FactorCodes> ReadFactor(const TensorFile& file, const std::string& name,
+                                       int64_t rank, int64_t size) {
+  NESTOR_ASSIGN_OR_RETURN(const TensorView codes,
+                          TypedTensor(file, name, DType::kI8, {rank, PaddedToGroup(size)}));
+  const std::string scales_name = name + "_scales";
+  NESTOR_ASSIGN_OR_RETURN(const TensorView scales, TypedTensor(file, scales_name, DType::kBf16,
+                                                               {codes.shape[0], NumGroups(size)}));
+  FactorCodes factor{.rank = codes.shape[0],
+                     .size = size,
+                     .codes = Elements<int8_t>(codes),
+                     .scales = Elements<uint16_t>(scales)};
+  const bool is_finite = std::all_of(factor.scales.begin(), factor.scales.end(), [](uint16_t bits) {
+    return std::isfinite(FloatFromBfloat16(bits));
+  });
+  if (is_finite) return factor;
+  return DeltaError(scales.path, absl::StrCat("tensor ", scales_name, ": holds a value that is ",
+                                              "not finite, expected finite values"));
+}
+
 absl::StatusOr<FactorPair> ReadTerm(const TensorFile& file, const LinearSpec& layer) {
-  const std::string a_name = layer.name + ".a";
-  const std::string bt_name = layer.name + ".bt";
-  if (!file.Has(a_name) && !file.Has(bt_name)) {
+  const std::vector<std::string> names = TensorsOf(layer);
+  if (std::none_of(names.begin(), names.end(),
+                   [&](const std::string& name) { return file.Has(name); })) {
     return FactorPair{QuantiseFactor({}, 0, layer.in), QuantiseFactor({}, 0, layer.out)};
   }
-  NESTOR_ASSIGN_OR_RETURN(const TensorView view, file.Get(a_name, {-1, layer.in}));
-  const int64_t rank = view.shape[0];
-  if (rank < 1 || rank > LargestPrefixRank(layer)) {
-    return DeltaError(view.path,
-                      absl::StrCat("tensor ", a_name, ": ", rank, " components, expected 1 to ",
-                                   LargestPrefixRank(layer), ", the layer's largest prefix rank"));
+  FactorPair term;
+  NESTOR_ASSIGN_OR_RETURN(term.a, ReadFactor(file, layer.name + ".a", -1, layer.in));
+  if (term.a.rank < 1 || term.a.rank > LargestPrefixRank(layer)) {
+    return DeltaError(
+        file.paths()[0],
+        absl::StrCat("tensor ", layer.name, ".a: ", term.a.rank, " components, expected 1 to ",
+                     LargestPrefixRank(layer), ", the layer's largest prefix rank"));
   }
-  NESTOR_ASSIGN_OR_RETURN(const std::vector<float> a, file.GetFloats(a_name, {rank, layer.in}));
-  NESTOR_ASSIGN_OR_RETURN(const std::vector<float> bt, file.GetFloats(bt_name, {rank, layer.out}));
-  for (const auto& [name, values] : {std::pair(&a_name, &a), std::pair(&bt_name, &bt)}) {
-    if (std::all_of(values->begin(), values->end(), [](float x) { return std::isfinite(x); })) {
-      continue;
-    }
-    return DeltaError(view.path, absl::StrCat("tensor ", *name, ": holds a value that is not ",
-                                              "finite, expected finite values"));
-  }
-  // Each component gets the same norm on both sides, which changes nothing but that both quantise
-  // well.
-  std::vector<float> a_scales, bt_scales;
-  for (int64_t k = 0; k < rank; ++k) {
-    const double a_norm = Norm(a, k, layer.in);
-    const double bt_norm = Norm(bt, k, layer.out);
-    const double scale = a_norm > 0 && bt_norm > 0 ? std::sqrt(bt_norm / a_norm) : 1;
-    a_scales.push_back(static_cast<float>(scale));
-    bt_scales.push_back(static_cast<float>(1 / scale));
-  }
-  return FactorPair{QuantiseFactor(Scaled(a, a_scales), rank, layer.in),
-                    QuantiseFactor(Scaled(bt, bt_scales), rank, layer.out)};
+  NESTOR_ASSIGN_OR_RETURN(term.bt, ReadFactor(file, layer.name + ".bt", term.a.rank, layer.out));
+  return term;
 }
 
 absl::Status CheckTensorsAreOfLayers(const TensorFile& file,
                                      const std::vector<LinearSpec>& layers) {
   std::set<std::string> known;
   for (const LinearSpec& layer : layers) {
-    known.insert(layer.name + ".a");
-    known.insert(layer.name + ".bt");
+    for (std::string& name : TensorsOf(layer)) known.insert(std::move(name));
   }
   for (const auto& [name, view] : file.tensors()) {
     if (known.count(name) == 0) {
@@ -170,8 +182,10 @@ absl::Status PutBefore(const FactorCodes& term, const std::string& name, TensorS
   const auto put = [&](const std::string& tensor, std::span<const std::byte> first) {
     absl::StatusOr<std::vector<std::byte>> bytes = spill->Read(tensor);
     if (!bytes.ok()) return bytes.status();
-    std::copy_backward(bytes->begin(), bytes->end() - std::ssize(first), bytes->end());
-    std::copy(first.begin(), first.end(), bytes->begin());
+    // Fewer rows than the term has, where no level runs them: plain factors stop at break-even.
+    const ptrdiff_t kept = std::min(std::ssize(first), std::ssize(*bytes));
+    std::copy_backward(bytes->begin(), bytes->end() - kept, bytes->end());
+    std::copy_n(first.begin(), kept, bytes->begin());
     return spill->Replace(tensor, *bytes);
   };
   NESTOR_RETURN_IF_ERROR(put(name, std::as_bytes(std::span(term.codes))));

@@ -17,13 +17,15 @@ namespace nestor {
 // components of the term come before those of the layer's prefix factors, so that a level of rank
 // r runs the term and the first r - k components of the weight.
 struct Delta {
-  std::vector<Profile> profiles;  // forms dense and prefix, nested, cheapest first
+  // Forms dense and prefix, of any rank that a gar pair may have; nested, cheapest first.
+  std::vector<Profile> profiles;
   std::vector<FactorPair> terms;  // by layer; of rank 0 where it has none
 };
 
 // Reads a delta that consolidate/ wrote. `source_sha256` and `layers` are those of the checkpoint
 // that it is meant for. INVALID_ARGUMENT names the file, what does not fit (another checkpoint, a
-// tensor's shape, a value that is not finite, a rank below that of the term) and what was expected.
+// tensor's type or shape, a scale that is not finite, a rank below that of the term) and what was
+// expected.
 absl::StatusOr<Delta> ReadDelta(const std::string& path, const std::string& source_sha256,
                                 const std::vector<LinearSpec>& layers);
 

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cmath>
+#include <cstring>
 #include <filesystem>
 #include <utility>
 
@@ -90,6 +91,24 @@ absl::Status AddFactor(const std::string& stem, const std::string& part, const F
 absl::Status AddPair(const std::string& stem, const FactorPair& pair, TensorSpill* spill) {
   NESTOR_RETURN_IF_ERROR(AddFactor(stem, "a", pair.a, spill));
   return AddFactor(stem, "bt", pair.bt, spill);
+}
+
+template <typename Element>
+absl::StatusOr<std::vector<Element>> ReadElements(const std::string& name,
+                                                  const TensorSpill& spill) {
+  NESTOR_ASSIGN_OR_RETURN(const std::vector<std::byte> bytes, spill.Read(name));
+  std::vector<Element> elements(bytes.size() / sizeof(Element));
+  std::memcpy(elements.data(), bytes.data(), bytes.size());
+  return elements;
+}
+
+absl::StatusOr<FactorCodes> ReadFactor(const std::string& name, int64_t size,
+                                       const TensorSpill& spill) {
+  FactorCodes factor{.size = size};
+  NESTOR_ASSIGN_OR_RETURN(factor.codes, ReadElements<int8_t>(name, spill));
+  NESTOR_ASSIGN_OR_RETURN(factor.scales, ReadElements<uint16_t>(name + "_scales", spill));
+  factor.rank = std::ssize(factor.codes) / PaddedToGroup(size);
+  return factor;
 }
 
 std::string GarStem(const LinearSpec& spec, int64_t rank) {
@@ -252,6 +271,14 @@ absl::Status ReplacePrefix(const LinearSpec& spec, const FactorPair& factors, Te
                                           std::as_bytes(std::span(factor->scales))));
   }
   return absl::OkStatus();
+}
+
+absl::StatusOr<FactorPair> ReadPrefix(const LinearSpec& spec, const TensorSpill& spill) {
+  const std::string stem = spec.name + ".prefix.";
+  FactorPair factors;
+  NESTOR_ASSIGN_OR_RETURN(factors.a, ReadFactor(stem + "a", spec.in, spill));
+  NESTOR_ASSIGN_OR_RETURN(factors.bt, ReadFactor(stem + "bt", spec.out, spill));
+  return factors;
 }
 
 absl::Status AddGar(const LinearSpec& spec, const GarPair& pair, TensorSpill* spill) {

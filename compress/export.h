@@ -56,6 +56,8 @@ class TensorSpill {
 absl::Status AddLayer(const LinearSpec& spec, const LayerParts& parts, TensorSpill* spill);
 // Puts new prefix factors in place of those that AddLayer added. REQUIRES: the same rank.
 absl::Status ReplacePrefix(const LinearSpec& spec, const FactorPair& factors, TensorSpill* spill);
+// The prefix factors as they stand. REQUIRES: that AddLayer added some.
+absl::StatusOr<FactorPair> ReadPrefix(const LinearSpec& spec, const TensorSpill& spill);
 // Adds the tensors of a gar pair.
 absl::Status AddGar(const LinearSpec& spec, const GarPair& pair, TensorSpill* spill);
 // Adds what the model reads beside its linear layers' weights: biases, norms, embeddings.

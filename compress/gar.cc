@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -170,16 +171,70 @@ std::vector<double> Dequantised(const FactorCodes& factor) {
   return {values.begin(), values.end()};
 }
 
-// Of plain factors of this rank, quantised; rows may be in any order.
-double LostByPlainFactors(const Decomposition& decomposition, std::span<const float> weights,
-                          int64_t out, int64_t in, std::span<const double> moment, int64_t rank) {
-  std::vector<int32_t> rows;
-  for (int64_t i = 0; i < out; ++i) rows.push_back(static_cast<int32_t>(i));
+FactorPair FirstComponents(const Decomposition& decomposition, int64_t out, int64_t in,
+                           int64_t rank) {
   const auto quantised = [rank](const std::vector<float>& values, int64_t size) {
     return QuantiseFactor(std::span(values).first(static_cast<size_t>(rank * size)), rank, size);
   };
-  return LostEnergy(weights, in, moment, rows, 0, Dequantised(quantised(decomposition.a, in)),
-                    DequantiseFactor(quantised(decomposition.bt, out)), rank);
+  return {.a = quantised(decomposition.a, in), .bt = quantised(decomposition.bt, out)};
+}
+
+FactorCodes FirstRows(const FactorCodes& factor, int64_t rank) {
+  return {.rank = rank,
+          .size = factor.size,
+          .codes = {factor.codes.begin(), factor.codes.begin() + rank * PaddedToGroup(factor.size)},
+          .scales = {factor.scales.begin(), factor.scales.begin() + rank * NumGroups(factor.size)}};
+}
+
+// B A [out, in].
+std::vector<float> ProductOf(const FactorPair& factors) {
+  const int64_t rank = factors.a.rank, in = factors.a.size, out = factors.bt.size;
+  const std::vector<double> a = Dequantised(factors.a);
+  const std::vector<double> bt = Dequantised(factors.bt);
+  std::vector<float> product;
+  product.reserve(static_cast<size_t>(out * in));
+  for (int64_t begin = 0; begin < out; begin += kBlockRows) {
+    const int64_t count = std::min(kBlockRows, out - begin);
+    std::vector<double> block(static_cast<size_t>(count * in));
+    cblas_dgemm(CblasRowMajor, CblasTrans, CblasNoTrans, Int(count), Int(in), Int(rank), 1,
+                bt.data() + begin, Int(out), a.data(), Int(in), 0, block.data(), Int(in));
+    product.insert(product.end(), block.begin(), block.end());
+  }
+  return product;
+}
+
+double LostByPlainFactors(const FactorPair& factors, std::span<const float> weights, int64_t in,
+                          std::span<const double> moment) {
+  std::vector<int32_t> rows(static_cast<size_t>(factors.bt.size));
+  std::iota(rows.begin(), rows.end(), 0);
+  return LostEnergy(weights, in, moment, rows, 0, Dequantised(factors.a),
+                    DequantiseFactor(factors.bt), factors.a.rank);
+}
+
+double LostByPair(const GarPair& pair, std::span<const float> weights, int64_t in,
+                  std::span<const double> moment) {
+  const int64_t rank = pair.a.rank;
+  const std::vector<double> a = Dequantised(pair.a);
+  const std::vector<int32_t> pivots(pair.rows.begin(), pair.rows.begin() + rank);
+  std::vector<float> identity(static_cast<size_t>(rank * rank));
+  for (int64_t k = 0; k < rank; ++k) identity[static_cast<size_t>(k * rank + k)] = 1;
+  return LostEnergy(weights, in, moment, pivots, 0, a, identity, rank) +
+         LostEnergy(weights, in, moment, pair.rows, rank, a, DequantiseFactor(pair.bt), rank);
+}
+
+// The pair of the first components of `decomposition`, that of `weights`.
+absl::StatusOr<GarPair> FitPair(const Decomposition& decomposition, std::span<const float> weights,
+                                int64_t out, int64_t in, std::span<const double> moment,
+                                int64_t rank) {
+  NESTOR_CHECK(rank > 0 && rank <= decomposition.rank && rank < out);
+  GarPair pair;
+  NESTOR_ASSIGN_OR_RETURN(pair.rows, PivotedRows(decomposition, out, rank));
+  pair.a = QuantiseFactor(PivotOutputs(decomposition, pair.rows, out, in, rank), rank, in);
+  NESTOR_ASSIGN_OR_RETURN(
+      const std::vector<float> bt,
+      FitOthers(weights, out, in, moment, pair.rows, Dequantised(pair.a), rank));
+  pair.bt = QuantiseFactor(bt, rank, out - rank);
+  return pair;
 }
 
 }  // namespace
@@ -192,26 +247,31 @@ FormAndRank CheapestPrefix(int64_t out, int64_t in, int64_t rank, bool may_be_ga
 absl::StatusOr<GarFit> FitGar(const Decomposition& decomposition, std::span<const float> weights,
                               int64_t out, int64_t in, std::span<const double> moment,
                               int64_t rank) {
-  NESTOR_CHECK(rank > 0 && rank <= decomposition.rank && rank < out);
   GarFit fit;
-  NESTOR_ASSIGN_OR_RETURN(fit.pair.rows, PivotedRows(decomposition, out, rank));
-  const std::vector<int32_t>& rows = fit.pair.rows;
-  fit.pair.a = QuantiseFactor(PivotOutputs(decomposition, rows, out, in, rank), rank, in);
-  const std::vector<double> a = Dequantised(fit.pair.a);
-  NESTOR_ASSIGN_OR_RETURN(const std::vector<float> bt,
-                          FitOthers(weights, out, in, moment, rows, a, rank));
-  fit.pair.bt = QuantiseFactor(bt, rank, out - rank);
-
+  NESTOR_ASSIGN_OR_RETURN(fit.pair, FitPair(decomposition, weights, out, in, moment, rank));
   const double energy = OutputEnergy(weights, out, in, moment);
   if (energy <= 0) return fit;
-  const std::vector<int32_t> pivots(rows.begin(), rows.begin() + rank);
-  std::vector<float> identity(static_cast<size_t>(rank * rank));
-  for (int64_t k = 0; k < rank; ++k) identity[static_cast<size_t>(k * rank + k)] = 1;
-  fit.error =
-      (LostEnergy(weights, in, moment, pivots, 0, a, identity, rank) +
-       LostEnergy(weights, in, moment, rows, rank, a, DequantiseFactor(fit.pair.bt), rank)) /
+  fit.error = LostByPair(fit.pair, weights, in, moment) / energy;
+  fit.plain_error =
+      LostByPlainFactors(FirstComponents(decomposition, out, in, rank), weights, in, moment) /
       energy;
-  fit.plain_error = LostByPlainFactors(decomposition, weights, out, in, moment, rank) / energy;
+  return fit;
+}
+
+absl::StatusOr<GarFit> FitGarToFactors(const FactorPair& factors, std::span<const float> weights,
+                                       int64_t out, int64_t in, std::span<const double> moment,
+                                       int64_t rank) {
+  NESTOR_CHECK(factors.a.rank >= rank && factors.bt.rank >= rank);
+  const FactorPair first = {.a = FirstRows(factors.a, rank), .bt = FirstRows(factors.bt, rank)};
+  const std::vector<float> product = ProductOf(first);
+  NESTOR_ASSIGN_OR_RETURN(const Decomposition decomposition,
+                          Decompose(product, out, in, moment, rank));
+  GarFit fit;
+  NESTOR_ASSIGN_OR_RETURN(fit.pair, FitPair(decomposition, product, out, in, moment, rank));
+  const double energy = OutputEnergy(weights, out, in, moment);
+  if (energy <= 0) return fit;
+  fit.plain_error = LostByPlainFactors(first, weights, in, moment) / energy;
+  fit.error = fit.plain_error + LostByPair(fit.pair, product, in, moment) / energy;
   return fit;
 }
 

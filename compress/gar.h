@@ -6,6 +6,7 @@
 
 #include "absl/status/statusor.h"
 #include "compress/decompose.h"
+#include "compress/layer.h"
 #include "compress/quantise.h"
 #include "engine/nested_model.h"
 
@@ -41,5 +42,13 @@ FormAndRank CheapestPrefix(int64_t out, int64_t in, int64_t rank, bool may_be_ga
 absl::StatusOr<GarFit> FitGar(const Decomposition& decomposition, std::span<const float> weights,
                               int64_t out, int64_t in, std::span<const double> moment,
                               int64_t rank);
+
+// The same for factors whose components are no decomposition, such as those with a trained term:
+// the pair of their first `rank`, fitted to what these compute as they are stored, B_r A_r x,
+// instead of W x. Its `error` is theirs and what the pair loses of their output. `factors` may hold
+// more than `rank`.
+absl::StatusOr<GarFit> FitGarToFactors(const FactorPair& factors, std::span<const float> weights,
+                                       int64_t out, int64_t in, std::span<const double> moment,
+                                       int64_t rank);
 
 }  // namespace nestor

@@ -148,7 +148,7 @@ class Compression {
 
  private:
   absl::Status CheckOptions() const;
-  absl::Status CheckGarLevels() const;
+  absl::Status CheckGarLevels(int64_t count) const;
   absl::Status CheckSearch() const;
   absl::Status OpenSource();
   void PlanLadders();
@@ -169,15 +169,16 @@ class Compression {
   // One for each target.
   std::vector<Profile> Allocate(const LadderPlan& ladder,
                                 const std::vector<int64_t>& targets) const;
+  // The delta's, where layers whose ranks do not pay run dense.
+  std::vector<Profile> ProfilesOfDelta(const LadderPlan& ladder);
   absl::StatusOr<std::vector<Level>> ChooseLevels();
   absl::Status CompareLosses(const std::vector<Level>& levels);
   absl::Status RefitPrefix(const std::vector<Level>& levels);
   // What a level's layer runs in the end: gar pairs are prefixes of a chain that is being made.
   FormAndRank FinalChoice(size_t level, size_t layer, FormAndRank choice) const;
   std::set<int64_t> GarRanksOf(const std::vector<Level>& levels, size_t layer) const;
-  absl::Status FitGarPairs(size_t layer, const Decomposition& decomposition,
-                           std::span<const float> weights, std::span<const double> moment,
-                           const std::set<int64_t>& ranks);
+  using GarFitter = std::function<absl::StatusOr<GarFit>(int64_t rank)>;
+  absl::Status FitGarPairs(size_t layer, const std::set<int64_t>& ranks, const GarFitter& fitter);
   absl::Status FitOtherGarPairs(const std::vector<Level>& levels);
   absl::Status RunGarPairs(std::vector<Level>* levels);
   void ReportGarPairs();
@@ -197,13 +198,15 @@ class Compression {
   bool has_prefix() const { return options_.ladder != LadderChoice::kResidual; }
   bool may_be_gar(const LadderPlan& ladder, int64_t level) const {
     const std::optional<std::vector<int>>& chosen = options_.gar_levels;
-    return ladder.name != "residual" && options_.delta.empty() &&
+    return ladder.name != "residual" &&
            (!chosen.has_value() || std::count(chosen->begin(), chosen->end(), level) > 0);
   }
-  // On some level. A delta's terms are components of plain factors.
+  // On some level.
   bool may_be_gar() const {
-    return has_prefix() && options_.delta.empty() &&
-           (!options_.gar_levels.has_value() || !options_.gar_levels->empty());
+    return has_prefix() && (!options_.gar_levels.has_value() || !options_.gar_levels->empty());
+  }
+  bool has_term(size_t layer) const {
+    return delta_.has_value() && delta_->terms[layer].a.rank > 0;
   }
   bool is_measured() const { return options_.search.method == RankSearch::kMeasured; }
   // Of one layer, attention apart.
@@ -269,7 +272,11 @@ absl::Status Compression::CheckOptions() const {
     return absl::InvalidArgumentError(
         absl::StrCat("tokens to sample: must not be negative; was ", *options_.self_sample_tokens));
   }
-  NESTOR_RETURN_IF_ERROR(CheckGarLevels());
+  if (options_.delta.empty()) {
+    const std::vector<double>& costs = options_.search.costs;
+    const int64_t below_full = std::ssize(costs) - std::count(costs.begin(), costs.end(), 1);
+    NESTOR_RETURN_IF_ERROR(CheckGarLevels(costs.empty() ? options_.levels : below_full));
+  }
   std::error_code error;
   if (fs::exists(output_, error) && !options_.overwrites) {
     return absl::AlreadyExistsError(absl::StrCat(output_, ": exists already"));
@@ -277,12 +284,8 @@ absl::Status Compression::CheckOptions() const {
   return CheckSearch();
 }
 
-absl::Status Compression::CheckGarLevels() const {
+absl::Status Compression::CheckGarLevels(int64_t count) const {
   if (!options_.gar_levels.has_value()) return absl::OkStatus();
-  const std::vector<double>& costs = options_.search.costs;
-  const int64_t count = costs.empty()
-                            ? options_.levels
-                            : std::ssize(costs) - std::count(costs.begin(), costs.end(), 1);
   for (const int level : *options_.gar_levels) {
     if (!has_prefix()) {
       return absl::InvalidArgumentError(
@@ -304,9 +307,6 @@ absl::Status Compression::CheckSearch() const {
   if (!options_.delta.empty() && (is_measured() || !search.costs.empty())) {
     return absl::InvalidArgumentError(
         "delta: names the levels itself; neither costs nor a measured search may be given");
-  }
-  if (!options_.delta.empty() && options_.gar_levels.has_value() && !options_.gar_levels->empty()) {
-    return absl::InvalidArgumentError("delta: its levels run plain factors; no gar levels");
   }
   if (!is_measured() && options_.ladder == LadderChoice::kMixed) {
     return absl::InvalidArgumentError("search: a mixed ladder needs a measured search");
@@ -352,6 +352,7 @@ absl::Status Compression::OpenSource() {
   NESTOR_ASSIGN_OR_RETURN(source_sha256_, Sha256OfFiles(source_->tensors().paths()));
   if (!options_.delta.empty()) {
     NESTOR_ASSIGN_OR_RETURN(delta_, ReadDelta(options_.delta, source_sha256_, source_->layers()));
+    NESTOR_RETURN_IF_ERROR(CheckGarLevels(std::ssize(delta_->profiles)));
   }
   inputs_ = LayerInputsOf(source_->layers());
   float_activations_.assign(source_->layers().size(), options_.activations == Activations::kFloat);
@@ -736,6 +737,34 @@ std::vector<int64_t> Compression::TargetsOf(const LadderPlan& ladder) const {
   return targets;
 }
 
+std::vector<Profile> Compression::ProfilesOfDelta(const LadderPlan& ladder) {
+  std::vector<Profile> profiles = delta_->profiles;
+  int64_t num_dense = 0;
+  for (size_t layer = 0; layer < source_->layers().size(); ++layer) {
+    const LinearSpec& spec = source_->layers()[layer];
+    const std::vector<int64_t> plain = PrefixRanks(spec.out, spec.in, /*may_be_gar=*/false);
+    const int64_t largest = plain.empty() ? 0 : plain.back();
+    bool is_dense = false;  // from the level on that is, since levels are nested
+    for (size_t i = 0; i < profiles.size(); ++i) {
+      FormAndRank& choice = profiles[i][layer];
+      if (choice.form != Form::kPrefix) continue;
+      const bool is_gar = may_be_gar(ladder, static_cast<int64_t>(i));
+      const Form form = CheapestPrefix(spec.out, spec.in, choice.rank, is_gar).form;
+      is_dense = is_dense || (form == Form::kPrefix && choice.rank > largest);
+      if (!is_dense) continue;
+      choice = {};
+      ++num_dense;
+    }
+  }
+  if (num_dense > 0) {
+    report_.notes.push_back(absl::StrFormat(
+        "%d layers of the delta's levels run dense: plain factors of their ranks cost more, and "
+        "their levels have no gar pairs",
+        num_dense));
+  }
+  return profiles;
+}
+
 absl::StatusOr<std::vector<Level>> Compression::ChooseLevels() {
   const Profile full(source_->layers().size());
   std::vector<Level> levels;
@@ -743,7 +772,7 @@ absl::StatusOr<std::vector<Level>> Compression::ChooseLevels() {
     NESTOR_RETURN_IF_ERROR(CheckCosts(ladder));
     const std::vector<int64_t> targets = TargetsOf(ladder);
     const std::vector<Profile> profiles = delta_.has_value() && ladder.name == "prefix"
-                                              ? delta_->profiles
+                                              ? ProfilesOfDelta(ladder)
                                               : Allocate(ladder, targets);
     Profile last;
     for (size_t i = 0; i < profiles.size(); ++i) {
@@ -898,8 +927,12 @@ absl::Status Compression::RefitPrefix(const std::vector<Level>& levels) {
       options_.make_backend, [&](const RefittedLayer& refitted) {
         const size_t layer = refitted.layer;
         NESTOR_RETURN_IF_ERROR(ReplacePrefix(layers[layer], refitted.factors, spill_.get()));
-        return FitGarPairs(layer, refitted.decomposition, refitted.weights, refitted.moment,
-                           GarRanksOf(levels, layer));
+        // The factors of those are not complete yet.
+        if (has_term(layer)) return absl::OkStatus();
+        return FitGarPairs(layer, GarRanksOf(levels, layer), [&](int64_t rank) {
+          return FitGar(refitted.decomposition, refitted.weights, layers[layer].out,
+                        layers[layer].in, refitted.moment, rank);
+        });
       }));
   return WriteParts(levels);
 }
@@ -919,15 +952,12 @@ std::set<int64_t> Compression::GarRanksOf(const std::vector<Level>& levels, size
   return ranks;
 }
 
-absl::Status Compression::FitGarPairs(size_t layer, const Decomposition& decomposition,
-                                      std::span<const float> weights,
-                                      std::span<const double> moment,
-                                      const std::set<int64_t>& ranks) {
+absl::Status Compression::FitGarPairs(size_t layer, const std::set<int64_t>& ranks,
+                                      const GarFitter& fitter) {
   const LinearSpec& spec = source_->layers()[layer];
   is_gar_done_[layer] = 1;
   for (const int64_t rank : ranks) {
-    NESTOR_ASSIGN_OR_RETURN(const GarFit fit,
-                            FitGar(decomposition, weights, spec.out, spec.in, moment, rank));
+    NESTOR_ASSIGN_OR_RETURN(const GarFit fit, fitter(rank));
     if (fit.error <= kLargestGarError * fit.plain_error) {
       gar_ranks_[layer].insert(rank);
       NESTOR_RETURN_IF_ERROR(AddGar(spec, fit.pair, spill_.get()));
@@ -952,9 +982,17 @@ absl::Status Compression::FitOtherGarPairs(const std::vector<Level>& levels) {
     NESTOR_ASSIGN_OR_RETURN(const std::vector<double> moment,
                             calibration_->Moment(inputs_.input_of_layer[layer]));
     NESTOR_ASSIGN_OR_RETURN(const std::vector<float> weights, source_->SourceWeight(layer));
+    if (has_term(layer)) {
+      NESTOR_ASSIGN_OR_RETURN(const FactorPair factors, ReadPrefix(spec, *spill_));
+      return FitGarPairs(layer, ranks, [&](int64_t rank) {
+        return FitGarToFactors(factors, weights, spec.out, spec.in, moment, rank);
+      });
+    }
     NESTOR_ASSIGN_OR_RETURN(const Decomposition decomposition,
                             Decompose(weights, spec.out, spec.in, moment, *ranks.rbegin()));
-    return FitGarPairs(layer, decomposition, weights, moment, ranks);
+    return FitGarPairs(layer, ranks, [&](int64_t rank) {
+      return FitGar(decomposition, weights, spec.out, spec.in, moment, rank);
+    });
   });
 }
 
@@ -1049,11 +1087,11 @@ absl::StatusOr<CompressReport> Compression::Run() {
     NESTOR_RETURN_IF_ERROR(WriteParts(levels));
     if (is_measured()) NESTOR_RETURN_IF_ERROR(CompareLosses(levels));
     if (options_.refit_tokens > 0) NESTOR_RETURN_IF_ERROR(RefitPrefix(levels));
-    if (may_be_gar()) NESTOR_RETURN_IF_ERROR(RunGarPairs(&levels));
     if (delta_.has_value()) {
       NESTOR_RETURN_IF_ERROR(ApplyDelta(*delta_, source_->layers(), spill_.get()));
-      NESTOR_RETURN_IF_ERROR(WriteParts(levels));
+      if (!may_be_gar()) NESTOR_RETURN_IF_ERROR(WriteParts(levels));
     }
+    if (may_be_gar()) NESTOR_RETURN_IF_ERROR(RunGarPairs(&levels));
     NESTOR_RETURN_IF_ERROR(ChooseActivations(levels));
     NESTOR_ASSIGN_OR_RETURN(const std::vector<Level> measured, MeasureLevels(levels));
     report_.levels = WithoutInversions(measured, &report_.notes);

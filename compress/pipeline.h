@@ -59,8 +59,8 @@ struct CompressOptions {
   // Calibration tokens that a prefix ladder's factors are refitted on (RefitFactors); 0: not at
   // all. A residual ladder gains nothing from it (measured) and is left as it is.
   int64_t refit_tokens = 12288;
-  // Levels of the prefix ladder (or the mixed one), from its cheapest, 0, on, that may run gar
-  // pairs where a layer's prefix is cheaper so; unset: all.
+  // Levels of the prefix ladder (or the mixed one), a delta's too, from its cheapest, 0, on, that
+  // may run gar pairs where a layer's prefix is cheaper so; unset: all.
   std::optional<std::vector<int>> gar_levels;
   RankSearchOptions search;
   // A file of consolidate/, empty for none: it names the prefix ladder's levels and improves them

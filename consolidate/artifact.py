@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 GROUP = 32
-FORMS = ("dense", "residual", "prefix")
+FORMS = ("dense", "residual", "prefix", "gar")
 LARGEST_FACTOR_CODE = 127
 
 
@@ -139,14 +139,46 @@ class Artifact:
         return self._scaled(layer, 16 * _nibbles(self.tensors[f"{layer.name}.coarse"]))
 
     def factors(self, layer: Layer, form: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """a [R, in] and bt [R, out] of a layer, R its stored rank (0 rows where it has none)."""
-        stem = f"{layer.name}.{form}."
+        """a [R, in] and bt [R, out] of a layer, R its stored rank (0 rows where it has none).
+        ArtifactError for the prefix of a layer that is a gar pair on some level."""
+        if form == "prefix":
+            self.check_has_no_gar(layer)
+        return self._pair(f"{layer.name}.{form}.", layer.in_, layer.out)
+
+    def weight(self, layer: Layer, form: str, rank: int) -> torch.Tensor:
+        """The matrix [out, in] that a form and a rank stand for."""
+        if form == "dense":
+            return self.dense(layer)
+        if form == "gar":
+            return self._gar(layer, rank)
+        a, bt = self._pair(f"{layer.name}.{form}.", layer.in_, layer.out)
+        product = bt[:rank].T @ a[:rank]
+        return product if form == "prefix" else self.coarse(layer) + product
+
+    def _gar(self, layer: Layer, rank: int) -> torch.Tensor:
+        """z = A x and B z, each in its place of the outputs."""
+        stem = f"{layer.name}.gar.{rank}."
+        a, bt = self._pair(stem, layer.in_, layer.out - rank)
+        weight = torch.empty(layer.out, layer.in_)
+        weight[self.tensors[f"{stem}rows"].long()] = torch.cat((a, bt.T @ a))
+        return weight
+
+    def _pair(self, stem: str, in_: int, out: int) -> tuple[torch.Tensor, torch.Tensor]:
         if f"{stem}a" not in self.tensors:
-            return torch.zeros(0, layer.in_), torch.zeros(0, layer.out)
+            return torch.zeros(0, in_), torch.zeros(0, out)
         return tuple(
             dequantise_factor(self.tensors[stem + part], self.tensors[f"{stem}{part}_scales"], size)
-            for part, size in (("a", layer.in_), ("bt", layer.out))
+            for part, size in (("a", in_), ("bt", out))
         )
+
+    def check_has_no_gar(self, layer: Layer):
+        """ArtifactError where a layer is a gar pair on some level."""
+        for i, level in enumerate(self.levels):
+            if level.forms[self.layers.index(layer)] == "gar":
+                raise ArtifactError(
+                    f"{self.directory / 'nested.json'}: levels[{i}]: {layer.name} is a gar pair, "
+                    "expected plain factors: compress with --gar-levels none"
+                )
 
     def bias(self, layer: Layer):
         return self.tensors.get(f"{layer.name}.bias")
@@ -157,7 +189,7 @@ class Artifact:
         parts = (".dense", ".coarse", ".fine", ".scales", ".bias")
 
         def is_part(name):
-            stem = name.split(".residual.")[0].split(".prefix.")[0]
+            stem = name.split(".residual.")[0].split(".prefix.")[0].split(".gar.")[0]
             return stem in stems or any(
                 name.endswith(part) and name[: -len(part)] in stems for part in parts
             )

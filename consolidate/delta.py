@@ -7,10 +7,18 @@ import os
 import torch
 from safetensors.torch import load_file, save_file
 
-from consolidate.artifact import Artifact, ArtifactError, quantise_factor, read_metadata
+from consolidate.artifact import (
+    Artifact,
+    ArtifactError,
+    Layer,
+    dequantise_factor,
+    groups_of,
+    padded,
+    quantise_factor,
+    read_metadata,
+)
 
-FORMAT, VERSION = "nestor-delta", "1"
-
+FORMAT, VERSION = "nestor-delta", "2"
 
 # A term takes the place of at most this share of the components that the cheapest level runs.
 LARGEST_SHARE = 4
@@ -41,8 +49,15 @@ def largest_ranks(artifact: Artifact, levels: list[int], limit: int) -> list[int
 
 
 def size_of(artifact: Artifact, ranks: list[int]) -> int:
-    """Bytes of the tensors of a delta of these ranks."""
-    return sum(2 * rank * (layer.out + layer.in_) for rank, layer in zip(ranks, artifact.layers))
+    """Bytes of the tensors of a delta of these ranks: codes with their padding, and scales."""
+
+    def of_component(size: int) -> int:
+        return padded(size) + 2 * groups_of(size)
+
+    return sum(
+        rank * (of_component(layer.out) + of_component(layer.in_))
+        for rank, layer in zip(ranks, artifact.layers)
+    )
 
 
 def _balanced(a: torch.Tensor, bt: torch.Tensor):
@@ -55,14 +70,16 @@ def _balanced(a: torch.Tensor, bt: torch.Tensor):
 
 
 def save(path, artifact: Artifact, levels: list[int], terms: dict[str, tuple]):
-    """Writes the terms (a [k, in], bt [k, out] by layer name) by way of PATH.partial."""
+    """Writes the terms (a [k, in], bt [k, out] by layer name), quantised as factors are, by way of
+    PATH.partial."""
     tensors = {}
     for name, (a, bt) in terms.items():
         if a.shape[0] == 0:
             continue
         a, bt = _balanced(a.detach().cpu(), bt.detach().cpu())
-        tensors[f"{name}.a"] = a.to(torch.bfloat16).contiguous()
-        tensors[f"{name}.bt"] = bt.to(torch.bfloat16).contiguous()
+        for part, values in (("a", a), ("bt", bt)):
+            stem = f"{name}.{part}"
+            tensors[stem], tensors[f"{stem}_scales"] = quantise_factor(values)
     profiles = [
         {
             "relative_flops": artifact.levels[level].relative_flops,
@@ -86,6 +103,16 @@ def save(path, artifact: Artifact, levels: list[int], terms: dict[str, tuple]):
 def load(path, artifact: Artifact) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """The terms (a, bt as floats) by layer name. ArtifactError where the delta was made for
     another checkpoint or does not fit."""
+    stored = _stored(path, artifact)
+    sizes = {layer.name: (layer.in_, layer.out) for layer in artifact.layers}
+    return {
+        name: tuple(dequantise_factor(*part, size) for part, size in zip(term, sizes[name]))
+        for name, term in stored.items()
+    }
+
+
+def _stored(path, artifact: Artifact) -> dict[str, tuple[tuple, tuple]]:
+    """The codes and scales of a, and those of bt, by layer name."""
     metadata = read_metadata(path)
     for key, expected in (
         ("format", FORMAT),
@@ -97,39 +124,59 @@ def load(path, artifact: Artifact) -> dict[str, tuple[torch.Tensor, torch.Tensor
     tensors = load_file(path)
     terms = {}
     for layer in artifact.layers:
-        if f"{layer.name}.a" not in tensors:
-            continue
-        a = tensors.pop(f"{layer.name}.a").float()
-        bt = tensors.pop(f"{layer.name}.bt", torch.zeros(0, 0)).float()
-        if a.shape[1:] != (layer.in_,) or bt.shape != (a.shape[0], layer.out):
-            raise ArtifactError(
-                f"{path}: {layer.name}: terms {list(a.shape)} and {list(bt.shape)} do not fit a "
-                f"layer [{layer.out}, {layer.in_}]"
-            )
-        terms[layer.name] = (a, bt)
+        if f"{layer.name}.a" in tensors:
+            terms[layer.name] = _take_term(path, tensors, layer)
     if tensors:
         raise ArtifactError(
-            f"{path}: tensor {sorted(tensors)[0]} belongs to no layer of " f"{artifact.directory}"
+            f"{path}: tensor {sorted(tensors)[0]} belongs to no layer of {artifact.directory}"
         )
     return terms
 
 
+def _take_term(path, tensors: dict[str, torch.Tensor], layer: Layer) -> tuple[tuple, tuple]:
+    rank = len(tensors[f"{layer.name}.a"])
+    term = []
+    for part, size in (("a", layer.in_), ("bt", layer.out)):
+        stem = f"{layer.name}.{part}"
+        taken = []
+        for name, dtype, columns in (
+            (stem, torch.int8, padded(size)),
+            (f"{stem}_scales", torch.bfloat16, groups_of(size)),
+        ):
+            tensor = tensors.pop(name, None)
+            found = None if tensor is None else (tensor.dtype, list(tensor.shape))
+            if found != (dtype, [rank, columns]):
+                is_ = "absent" if found is None else f"{found[0]} {found[1]}"
+                raise ArtifactError(
+                    f"{path}: tensor {name}: {is_}, expected {dtype} {[rank, columns]} for a layer "
+                    f"[{layer.out}, {layer.in_}]"
+                )
+            taken.append(tensor)
+        if not taken[1].isfinite().all():
+            raise ArtifactError(f"{path}: tensor {stem}_scales: holds a value that is not finite")
+        term.append(tuple(taken))
+    return tuple(term)
+
+
 def apply(path, directory, output):
     """Writes the artifact in `directory` with a delta in its prefix factors, as nestor compress
-    --delta puts it there. Its stated qualities are then to be measured anew."""
+    --delta puts it there. Its stated qualities are then to be measured anew. ArtifactError where a
+    layer with a term is a gar pair."""
     artifact = Artifact(directory)
     tensors = dict(artifact.tensors)
-    for name, term in load(path, artifact).items():
-        tensors.update(_with_term(tensors, name, term))
+    terms = _stored(path, artifact)
+    for layer in artifact.layers:
+        if layer.name in terms:
+            artifact.check_has_no_gar(layer)
+            tensors.update(_with_term(tensors, layer.name, terms[layer.name]))
     artifact.write(output, tensors)
 
 
 def _with_term(tensors, name: str, term) -> dict[str, torch.Tensor]:
     """A layer's prefix tensors with the term's components first and as many fewer at the end."""
     joined = {}
-    for part, values in zip(("a", "bt"), term):
+    for part, (codes, scales) in zip(("a", "bt"), term):
         stem = f"{name}.prefix.{part}"
-        codes, scales = quantise_factor(values)
         for tensor, first in ((stem, codes), (f"{stem}_scales", scales)):
             joined[tensor] = torch.cat((first, tensors[tensor]))[: len(tensors[tensor])]
     return joined

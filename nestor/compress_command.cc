@@ -107,7 +107,7 @@ absl::Status RunCompress(const std::vector<std::string>& arguments) {
   std::string dtype = "int8";
   std::string search, objective, costs;
   std::string activations = "auto";
-  std::string gar_levels = "none";
+  std::string gar_levels;
   int64_t levels = options.levels;
   bool prints_json = false;
   bool draws_report = true;
@@ -155,7 +155,8 @@ absl::Status RunCompress(const std::vector<std::string>& arguments) {
             "--levels");
   flags.Add("gar-levels", &gar_levels,
             "levels of a prefix ladder, 0 being its cheapest, whose layers are stored once more in "
-            "their cheapest gauge, for a quarter less FLOPs at most: all, none, or such as 1,2");
+            "their cheapest gauge, for a quarter less FLOPs at most: all, none, or such as 1,2; "
+            "unless given none, with --delta all");
   flags.Add("rows", &options.search.rows, "rows of the step whose time a measured search measures");
   flags.Add("probes", &options.search.probes,
             "ranks that a measured search probes of each layer and form; 1 is quickest");
@@ -183,6 +184,8 @@ absl::Status RunCompress(const std::vector<std::string>& arguments) {
   NESTOR_ASSIGN_OR_RETURN(options.search.method, ParseSearch(search));
   NESTOR_ASSIGN_OR_RETURN(options.search.objective, ParseObjective(objective));
   NESTOR_ASSIGN_OR_RETURN(options.search.costs, ParseCosts(costs));
+  // A trained level is frozen, and its costs were counted so.
+  if (gar_levels.empty()) gar_levels = options.delta.empty() ? "none" : "all";
   NESTOR_ASSIGN_OR_RETURN(options.gar_levels, ParseGarLevels(gar_levels));
   options.threads = AvailableCpus();
   options.make_backend = [] { return MakeCpuBackend({}); };

@@ -5,12 +5,17 @@
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <map>
 #include <random>
+#include <utility>
 
 #include "base/bfloat16.h"
 #include "base/checksum.h"
 #include "base/file.h"
 #include "compress/pipeline.h"
+#include "compress/quantise.h"
+#include "engine/engine.h"
+#include "engine/tensor_file.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "kernels/cpu/cpu_backend.h"
@@ -39,22 +44,41 @@ std::string Words(int lines, uint64_t seed) {
   return text;
 }
 
+struct StoredTensor {
+  DType dtype;
+  std::vector<int64_t> shape;
+  std::string bytes;
+};
+
+template <typename Element>
+StoredTensor Stored(DType dtype, std::vector<int64_t> shape, const std::vector<Element>& elements) {
+  return {dtype, std::move(shape),
+          std::string(reinterpret_cast<const char*>(elements.data()),
+                      elements.size() * sizeof(Element))};
+}
+
 // What a delta file says, free to be damaged before it is written.
 struct DeltaFile {
   Json metadata;
-  std::map<std::string, std::pair<std::vector<int64_t>, std::vector<float>>> tensors;
+  std::map<std::string, FactorCodes> factors;    // NAME.a, NAME.bt
+  std::map<std::string, StoredTensor> replaced;  // in place of those that factors are stored as
 
   absl::Status Write(const std::string& path) const {
+    std::map<std::string, StoredTensor> tensors = replaced;
+    for (const auto& [name, factor] : factors) {
+      tensors.emplace(name,
+                      Stored(DType::kI8, {factor.rank, PaddedToGroup(factor.size)}, factor.codes));
+      tensors.emplace(name + "_scales",
+                      Stored(DType::kBf16, {factor.rank, NumGroups(factor.size)}, factor.scales));
+    }
     Json header = {{"__metadata__", metadata}};
     std::string data;
     for (const auto& [name, tensor] : tensors) {
       const size_t begin = data.size();
-      for (const float value : tensor.second) {
-        const uint16_t bits = Bfloat16FromFloat(value);
-        data.append(reinterpret_cast<const char*>(&bits), sizeof(bits));
-      }
-      header[name] = {
-          {"dtype", "BF16"}, {"shape", tensor.first}, {"data_offsets", {begin, data.size()}}};
+      data += tensor.bytes;
+      header[name] = {{"dtype", NameOf(tensor.dtype)},
+                      {"shape", tensor.shape},
+                      {"data_offsets", {begin, data.size()}}};
     }
     const std::string text = header.dump();
     const uint64_t length = text.size();
@@ -63,13 +87,25 @@ struct DeltaFile {
   }
 };
 
+FactorCodes RandomFactor(int64_t rank, int64_t size, std::mt19937_64* random,
+                         float deviation = 0.1f) {
+  std::normal_distribution<float> normal(0, deviation);
+  std::vector<float> values;
+  for (int64_t i = 0; i < rank * size; ++i) values.push_back(normal(*random));
+  return QuantiseFactor(values, rank, size);
+}
+
 class DeltaTest : public testing::Test {
  protected:
   void SetUp() override {
-    ASSERT_TRUE(WriteTinyLlama(Path("llama")).ok());
     ASSERT_TRUE(WriteFileAtomically(Path("text.txt"), Words(800, 1)).ok());
     ASSERT_TRUE(WriteFileAtomically(Path("held_out.txt"), Words(100, 2)).ok());
-    auto source = NestedModel::Open(Path("llama"));
+    ASSERT_TRUE(WriteTinyLlama(Path("source")).ok());
+    ReadSource();
+  }
+
+  void ReadSource() {
+    auto source = NestedModel::Open(Path("source"));
     ASSERT_TRUE(source.ok()) << source.status();
     layers_ = (*source)->layers();
     auto sha256 = Sha256OfFiles((*source)->tensors().paths());
@@ -81,10 +117,11 @@ class DeltaTest : public testing::Test {
 
   CompressOptions Options(const std::string& output) const {
     CompressOptions options;
-    options.source = Path("llama");
+    options.source = Path("source");
     options.output = Path(output);
     options.ladder = LadderChoice::kPrefix;
     options.levels = 2;
+    options.gar_levels = std::vector<int>();
     options.corpus.calibration_paths = {Path("text.txt")};
     options.corpus.evaluation_path = Path("held_out.txt");
     options.corpus.calibration_tokens = 2560;
@@ -99,7 +136,6 @@ class DeltaTest : public testing::Test {
   // dense on the upper one.
   DeltaFile ValidFile() const {
     std::mt19937_64 random(7);
-    std::normal_distribution<float> normal(0, 0.1f);
     DeltaFile file;
     Json names = Json::array();
     Json levels = Json::array();
@@ -115,17 +151,67 @@ class DeltaTest : public testing::Test {
     for (const LinearSpec& layer : layers_) {
       names.push_back(layer.name);
       for (const auto& [part, size] : {std::pair(".a", layer.in), std::pair(".bt", layer.out)}) {
-        std::vector<float> values;
-        for (int64_t i = 0; i < kRank * size; ++i) values.push_back(normal(random));
-        file.tensors[layer.name + part] = {{kRank, size}, values};
+        file.factors[layer.name + part] = RandomFactor(kRank, size, &random);
       }
     }
     file.metadata = {{"format", "nestor-delta"},
-                     {"version", "1"},
+                     {"version", "2"},
                      {"source_sha256", sha256_},
                      {"layers", names.dump()},
                      {"levels", levels.dump()}};
     return file;
+  }
+
+  // A file for gar pairs: every layer at these ranks on its levels, a Llama's key and value
+  // layers, which have 24 outputs, at a third of them. Terms of deviation 0.3 are as large as the
+  // weights.
+  DeltaFile FileAtRanks(const std::vector<int64_t>& ranks, float deviation) const {
+    std::mt19937_64 random(9);
+    DeltaFile file = ValidFile();
+    for (auto& [name, factor] : file.factors) {
+      factor = RandomFactor(factor.rank, factor.size, &random, deviation);
+    }
+    Json levels = Json::array();
+    for (const int64_t rank : ranks) {
+      Json own = Json::array();
+      for (const LinearSpec& layer : layers_) own.push_back(layer.out == 24 ? rank / 3 : rank);
+      levels.push_back(
+          {{"forms", std::vector<std::string>(layers_.size(), "prefix")}, {"ranks", own}});
+    }
+    file.metadata["levels"] = levels.dump();
+    return file;
+  }
+
+  // Compresses with a delta. REQUIRES: that the level is not left out for measuring worse than the
+  // one below.
+  Level CompressedLevel(const DeltaFile& file, const CompressOptions& options, size_t level) const {
+    EXPECT_TRUE(file.Write(options.delta).ok());
+    const auto report = Compress(options);
+    EXPECT_TRUE(report.ok()) << report.status();
+    if (!report.ok()) return {};
+    EXPECT_GT(report->levels.size(), level + 1);
+    return report->levels[level];
+  }
+
+  // Logits of the cheapest level after every token of a text.
+  std::vector<float> CheapestLogits(const std::string& artifact) const {
+    auto model = NestedModel::Open(artifact);
+    EXPECT_TRUE(model.ok()) << model.status();
+    auto engine = OpenEngine(*std::move(model), Options("").make_backend, kWindowTokens);
+    EXPECT_TRUE(engine.ok()) << engine.status();
+    std::vector<int32_t> tokens;
+    for (const char letter : Words(8, 5)) tokens.push_back(letter);
+    const auto sequence = (*engine)->AddSequence(std::ssize(tokens));
+    EXPECT_TRUE(sequence.ok()) << sequence.status();
+    StepPlan plan;
+    plan.entries.push_back({.sequence = *sequence,
+                            .tokens = tokens,
+                            .level = 0,
+                            .output = StepEntry::Output::kAllLogits});
+    const auto result = (*engine)->Step(plan);
+    EXPECT_TRUE(result.ok()) << result.status();
+    const auto& values = result->entries[0].values;
+    return {values.begin(), values.end()};
   }
 
   // The message with which a file, damaged in one way, is refused.
@@ -150,32 +236,10 @@ class DeltaTest : public testing::Test {
   std::string sha256_;
 };
 
-// The terms of a valid file, multiplied out; [out, in].
-std::vector<double> Product(const std::vector<float>& a, const std::vector<float>& bt, int64_t out,
-                            int64_t in) {
-  std::vector<double> product(static_cast<size_t>(out * in));
-  for (int64_t k = 0; k < kRank; ++k) {
-    for (int64_t i = 0; i < out; ++i) {
-      for (int64_t j = 0; j < in; ++j) {
-        product[static_cast<size_t>(i * in + j)] +=
-            static_cast<double>(bt[static_cast<size_t>(k * out + i)]) *
-            a[static_cast<size_t>(k * in + j)];
-      }
-    }
-  }
-  return product;
-}
-
-std::vector<float> FirstRows(const int8_t* codes, const uint16_t* scales, int64_t rows,
-                             int64_t size) {
-  std::vector<float> values;
-  for (int64_t k = 0; k < rows; ++k) {
-    for (int64_t j = 0; j < size; ++j) {
-      values.push_back(FloatFromBfloat16(scales[k * NumGroups(size) + j / kGroupSize]) *
-                       static_cast<float>(codes[k * PaddedToGroup(size) + j]));
-    }
-  }
-  return values;
+// Whether the first stored rows are those of `factor`, bit for bit.
+bool Hold(const int8_t* codes, const uint16_t* scales, const FactorCodes& factor) {
+  return std::equal(factor.codes.begin(), factor.codes.end(), codes) &&
+         std::equal(factor.scales.begin(), factor.scales.end(), scales);
 }
 
 TEST_F(DeltaTest, TermsComeFirstAtItsLevelsAndTheWeightsComponentsFollow) {
@@ -183,8 +247,9 @@ TEST_F(DeltaTest, TermsComeFirstAtItsLevelsAndTheWeightsComponentsFollow) {
   ASSERT_TRUE(file.Write(Path("terms.safetensors")).ok());
   // The same levels, so that factors are refitted alike, and terms that are zero.
   DeltaFile zeros = file;
-  for (auto& [name, tensor] : zeros.tensors) {
-    std::fill(tensor.second.begin(), tensor.second.end(), 0.0f);
+  for (auto& [name, factor] : zeros.factors) {
+    std::fill(factor.codes.begin(), factor.codes.end(), 0);
+    std::fill(factor.scales.begin(), factor.scales.end(), 0);
   }
   ASSERT_TRUE(zeros.Write(Path("zeros.safetensors")).ok());
   std::unique_ptr<NestedModel> models[2];
@@ -207,18 +272,10 @@ TEST_F(DeltaTest, TermsComeFirstAtItsLevelsAndTheWeightsComponentsFollow) {
     const FactorView& factors = with->prefix;
     // With random terms the other level may measure worse and be left out, with its ranks.
     ASSERT_GE(factors.max_rank, 8);
-    const std::vector<double> expected =
-        Product(file.tensors.at(layer.name + ".a").second,
-                file.tensors.at(layer.name + ".bt").second, layer.out, layer.in);
-    const std::vector<double> stored =
-        Product(FirstRows(factors.a, factors.a_scales, kRank, layer.in),
-                FirstRows(factors.bt, factors.bt_scales, kRank, layer.out), layer.out, layer.in);
-    double error = 0, energy = 0;
-    for (size_t j = 0; j < expected.size(); ++j) {
-      error += (stored[j] - expected[j]) * (stored[j] - expected[j]);
-      energy += expected[j] * expected[j];
-    }
-    EXPECT_LT(std::sqrt(error / energy), 0.02) << layer.name;  // int8 on both sides
+    EXPECT_TRUE(Hold(factors.a, factors.a_scales, file.factors.at(layer.name + ".a")))
+        << layer.name;
+    EXPECT_TRUE(Hold(factors.bt, factors.bt_scales, file.factors.at(layer.name + ".bt")))
+        << layer.name;
     const int64_t rest = std::min(factors.max_rank, without->prefix.max_rank) - kRank;
     EXPECT_EQ(std::memcmp(factors.a + kRank * PaddedToGroup(layer.in),
                           without->prefix.a + kRank * PaddedToGroup(layer.in),
@@ -248,7 +305,6 @@ TEST_F(DeltaTest, ItsLevelsAreRead) {
 
 TEST_F(DeltaTest, ComponentsAfterTheTermsAreThoseOfAPlainLadder) {
   CompressOptions plain_options = Options("plain");
-  plain_options.gar_levels = std::vector<int>();
   const auto plain = Compress(plain_options);
   ASSERT_TRUE(plain.ok()) << plain.status();
   // The plain ladder's own levels, with terms where a layer runs enough components.
@@ -289,6 +345,103 @@ TEST_F(DeltaTest, ComponentsAfterTheTermsAreThoseOfAPlainLadder) {
   EXPECT_GT(compared, 5);
 }
 
+// ||a - b|| / ||b||.
+double Apart(const std::vector<float>& a, const std::vector<float>& b) {
+  double difference = 0, energy = 0;
+  EXPECT_EQ(a.size(), b.size());
+  for (size_t i = 0; i < std::min(a.size(), b.size()); ++i) {
+    difference += std::pow(static_cast<double>(a[i]) - b[i], 2);
+    energy += std::pow(static_cast<double>(b[i]), 2);
+  }
+  return std::sqrt(difference / energy);
+}
+
+TEST_F(DeltaTest, AGarLevelComputesWhatPlainFactorsDoAndCostsLess) {
+  // A third of the rank and less than break-even, so that both forms pay.
+  const DeltaFile file = FileAtRanks({24, 32}, 0.3f);
+  DeltaFile zeros = file;
+  for (auto& [name, factor] : zeros.factors) {
+    std::fill(factor.scales.begin(), factor.scales.end(), 0);
+  }
+  Level gar, plain;
+  for (const auto& [name, level] : {std::pair("gar", &gar), std::pair("plain", &plain)}) {
+    CompressOptions options = Options(name);
+    options.activations = Activations::kFloat;
+    options.delta = Path(std::string(name) + ".safetensors");
+    if (level == &gar) options.gar_levels = std::nullopt;
+    *level = CompressedLevel(file, options, 0);
+  }
+  CompressOptions options = Options("zeros");
+  options.activations = Activations::kFloat;
+  options.delta = Path("zeros.safetensors");
+  CompressedLevel(zeros, options, 0);
+  const std::vector<float> expected = CheapestLogits(Path("plain"));
+  EXPECT_LT(Apart(CheapestLogits(Path("gar")), expected), 0.05);
+  EXPECT_GT(Apart(CheapestLogits(Path("zeros")), expected), 0.5);
+
+  ASSERT_EQ(gar.profile.size(), layers_.size());
+  int64_t saved = 0;
+  const auto model = NestedModel::Open(Path("gar"));
+  ASSERT_TRUE(model.ok()) << model.status();
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    const int64_t rank = layers_[i].out == 24 ? 8 : 24;
+    EXPECT_EQ(gar.profile[i], (FormAndRank{Form::kGar, rank})) << layers_[i].name;
+    EXPECT_EQ(plain.profile[i], (FormAndRank{Form::kPrefix, rank})) << layers_[i].name;
+    saved += 2 * rank * rank;  // r (m + n - r) instead of r (m + n), in FLOPs
+    EXPECT_EQ((*model)->StoredRank(i, Form::kPrefix), 0) << layers_[i].name;
+  }
+  EXPECT_EQ(gar.cost.flops, plain.cost.flops - saved);
+  EXPECT_LT(gar.relative_flops, plain.relative_flops);
+}
+
+TEST_F(DeltaTest, RanksAboveBreakEvenRunAsGarPairsOrDense) {
+  // An encoder of random weights measures better the more it runs, so that no level is left out.
+  ASSERT_TRUE(WriteTinyBert(Path("source")).ok());
+  ReadSource();
+  // Plain factors of the square layers pay up to 32, those of the others up to 40.
+  const DeltaFile file = FileAtRanks({36, 48}, 0.03f);
+  CompressOptions options = Options("gar");
+  options.evaluation_tokens = 1024;
+  options.delta = Path("terms.safetensors");
+  options.gar_levels = std::nullopt;
+  const Level gar = CompressedLevel(file, options, 1);
+  options.output = Path("plain");
+  options.gar_levels = std::vector<int>();
+  const Level plain = CompressedLevel(file, options, 0);
+  // What is dense at the lower level is so at the upper, which may have pairs.
+  options.output = Path("upper");
+  options.gar_levels = {{1}};
+  const Level upper = CompressedLevel(file, options, 1);
+  ASSERT_EQ(gar.profile.size(), layers_.size());
+  ASSERT_EQ(plain.profile.size(), layers_.size());
+  ASSERT_EQ(upper.profile.size(), layers_.size());
+  int num_dense = 0;
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    const bool is_square = layers_[i].out == layers_[i].in;
+    EXPECT_EQ(gar.profile[i], (FormAndRank{Form::kGar, 48}));
+    EXPECT_EQ(plain.profile[i], is_square ? FormAndRank{} : (FormAndRank{Form::kPrefix, 36}));
+    EXPECT_EQ(upper.profile[i], is_square ? FormAndRank{} : gar.profile[i]);
+    num_dense += is_square ? 1 : 0;
+  }
+  EXPECT_EQ(num_dense, 8);
+  EXPECT_LT(gar.relative_flops, upper.relative_flops);
+  EXPECT_LT(plain.relative_flops, 1);
+}
+
+TEST_F(DeltaTest, ATermOfMoreComponentsThanPlainFactorsHaveIsLeftOut) {
+  DeltaFile file = FileAtRanks({16, 24}, 0.1f);
+  std::mt19937_64 random(4);
+  for (const auto& [part, size] :
+       {std::pair(".a", layers_[0].in), std::pair(".bt", layers_[0].out)}) {
+    file.factors[layers_[0].name + part] = RandomFactor(40, size, &random);
+  }
+  SetInLevel(&file, 0, "ranks", 0, 40);
+  SetInLevel(&file, 1, "ranks", 0, 40);
+  CompressOptions options = Options("out");
+  options.delta = Path("terms.safetensors");
+  EXPECT_EQ(CompressedLevel(file, options, 0).profile.at(0), FormAndRank{});
+}
+
 TEST_F(DeltaTest, AnotherCheckpointIsRefused) {
   const auto refusal = Refusal([](DeltaFile* file) { file->metadata["source_sha256"] = "abc"; });
   EXPECT_THAT(refusal, AllOf(HasSubstr("damaged.safetensors"), HasSubstr("source_sha256: abc"),
@@ -298,32 +451,47 @@ TEST_F(DeltaTest, AnotherCheckpointIsRefused) {
 TEST_F(DeltaTest, WhatIsNoDeltaIsRefused) {
   EXPECT_THAT(Refusal([](DeltaFile* file) { file->metadata = Json::object(); }),
               HasSubstr("metadata format: absent, expected nestor-delta"));
-  EXPECT_THAT(Refusal([](DeltaFile* file) { file->metadata["version"] = "2"; }),
-              HasSubstr("metadata version: 2, expected 1"));
+  EXPECT_THAT(Refusal([](DeltaFile* file) { file->metadata["version"] = "1"; }),
+              HasSubstr("metadata version: 1, expected 2"));
   EXPECT_THAT(Refusal([](DeltaFile* file) { file->metadata["levels"] = "[[["; }),
               HasSubstr("metadata levels: expected a list"));
 }
 
 TEST_F(DeltaTest, TensorsThatDoNotFitAreRefused) {
   const std::string name = layers_[1].name;
+  const int64_t in = layers_[1].in;
+  std::mt19937_64 random(3);
+  // A factor for inputs that are a group too few.
   EXPECT_THAT(Refusal([&](DeltaFile* file) {
-                auto& [shape, values] = file->tensors[name + ".a"];
-                shape[1] -= 1;
-                values.resize(static_cast<size_t>(shape[0] * shape[1]));
+                file->factors[name + ".a"] = RandomFactor(kRank, in - kGroupSize, &random);
               }),
               HasSubstr(name + ".a: shape"));
   EXPECT_THAT(Refusal([&](DeltaFile* file) {
-                file->tensors[name + ".a"].second[3] = std::numeric_limits<float>::quiet_NaN();
+                file->factors[name + ".bt"] = RandomFactor(kRank + 1, layers_[1].out, &random);
               }),
-              AllOf(HasSubstr(name + ".a"), HasSubstr("not finite")));
+              HasSubstr(name + ".bt: shape"));
+  EXPECT_THAT(Refusal([&](DeltaFile* file) {
+                file->replaced[name + ".a"] =
+                    Stored(DType::kU8, {kRank, PaddedToGroup(in)},
+                           std::vector<uint8_t>(static_cast<size_t>(kRank * PaddedToGroup(in))));
+              }),
+              HasSubstr(name + ".a: type U8, expected I8"));
+  EXPECT_THAT(Refusal([&](DeltaFile* file) {
+                file->replaced[name + ".a_scales"] =
+                    Stored(DType::kI8, {kRank, NumGroups(in)},
+                           std::vector<int8_t>(static_cast<size_t>(kRank * NumGroups(in))));
+              }),
+              HasSubstr(name + ".a_scales: type I8, expected BF16"));
+  EXPECT_THAT(Refusal([&](DeltaFile* file) {
+                file->factors[name + ".bt"].scales.back() =
+                    Bfloat16FromFloat(std::numeric_limits<float>::quiet_NaN());
+              }),
+              AllOf(HasSubstr(name + ".bt_scales"), HasSubstr("not finite")));
   EXPECT_THAT(
-      Refusal([&](DeltaFile* file) {
-        const int64_t in = layers_[1].in;
-        file->tensors[name + ".a"] = {{60, in}, std::vector<float>(static_cast<size_t>(60 * in))};
-      }),
+      Refusal([&](DeltaFile* file) { file->factors[name + ".a"] = RandomFactor(60, in, &random); }),
       HasSubstr(name + ".a: 60 components, expected 1 to"));
   EXPECT_THAT(Refusal([&](DeltaFile* file) {
-                file->tensors["other.a"] = {{1}, {1.0f}};
+                file->replaced["other.a"] = Stored(DType::kI8, {1}, std::vector<int8_t>(1));
               }),
               HasSubstr("other.a: belongs to no layer"));
 }
@@ -338,6 +506,9 @@ TEST_F(DeltaTest, LevelsThatDoNotFitAreRefused) {
               AllOf(HasSubstr("levels[0].ranks[2]: 1"), HasSubstr("a count from 2")));
   EXPECT_THAT(Refusal([](DeltaFile* file) { SetInLevel(file, 1, "ranks", 2, 4000); }),
               HasSubstr("levels[1].ranks[2]: 4000"));
+  // Of 24 outputs nine tenths in steps of 4.
+  EXPECT_THAT(Refusal([](DeltaFile* file) { SetInLevel(file, 1, "ranks", 2, 21); }),
+              AllOf(HasSubstr("levels[1].ranks[2]: 21"), HasSubstr("its term's, to 20")));
   EXPECT_THAT(Refusal([](DeltaFile* file) { SetInLevel(file, 1, "forms", 2, "residual"); }),
               HasSubstr("levels[1].forms[2]: \"residual\", expected dense or prefix"));
   EXPECT_THAT(Refusal([](DeltaFile* file) { SetInLevel(file, 1, "ranks", 2, 4); }),
@@ -350,6 +521,10 @@ TEST_F(DeltaTest, OptionsThatContradictItAreRefused) {
   options.ladder = LadderChoice::kResidual;
   EXPECT_THAT(std::string(Compress(options).status().message()), HasSubstr("a prefix ladder"));
   options.ladder = LadderChoice::kPrefix;
+  ASSERT_TRUE(ValidFile().Write(options.delta).ok());
+  options.gar_levels = {{1, 2}};
+  EXPECT_THAT(std::string(Compress(options).status().message()),
+              HasSubstr("gar levels: expected 0 to 1, from the ladder's cheapest; was 2"));
   options.search.costs = {0.8};
   EXPECT_THAT(std::string(Compress(options).status().message()),
               HasSubstr("names the levels itself"));

@@ -168,6 +168,62 @@ TEST_P(GarTest, HasARowForEveryOutput) {
   EXPECT_EQ(fit_.pair.bt.size, GetParam().out - GetParam().rank);
 }
 
+// Components that are neither orthogonal nor in the order of their size: random ones before those
+// of the weight, as a trained term stands.
+class GarOfFactorsTest : public GarTest {
+ protected:
+  GarOfFactorsTest() {
+    const auto& [name, out, in, rank, decay, repeats_rows, is_singular] = GetParam();
+    std::mt19937_64 random(8);
+    std::normal_distribution<float> normal(0, 0.3f);
+    const int64_t term = (rank + 3) / 4;
+    std::vector<float> a(static_cast<size_t>(term * in)), bt(static_cast<size_t>(term * out));
+    for (float& value : a) value = normal(random);
+    for (float& value : bt) value = normal(random);
+    a.insert(a.end(), decomposition_.a.begin(), decomposition_.a.end());
+    bt.insert(bt.end(), decomposition_.bt.begin(), decomposition_.bt.end());
+    const int64_t stored = term + decomposition_.rank;
+    factors_ = {.a = QuantiseFactor(a, stored, in), .bt = QuantiseFactor(bt, stored, out)};
+    fit_ = FitGarToFactors(factors_, weights_, out, in, moment_, rank).value();
+    const Decomposition first = {.singular_values = {},
+                                 .rank = rank,
+                                 .a = DequantiseFactor(factors_.a),
+                                 .bt = DequantiseFactor(factors_.bt)};
+    product_ = Sliced(first, GetParam());
+  }
+  FactorPair factors_;
+  std::vector<double> product_;
+};
+
+TEST_P(GarOfFactorsTest, EqualsTheirProduct) {
+  const int64_t in = GetParam().in;
+  const double apart = Energy(Difference(MatrixOf(fit_.pair, GetParam()), product_), in, moment_);
+  EXPECT_LT(std::sqrt(apart / Energy(product_, in, moment_)), 0.04);
+  // Not the weight.
+  EXPECT_LT(apart, 0.1 * Energy(Difference(weights_, product_), in, moment_));
+}
+
+TEST_P(GarOfFactorsTest, StatesWhatTheyLoseAndWhatItLosesOfThem) {
+  const int64_t in = GetParam().in;
+  const double energy = Energy({weights_.begin(), weights_.end()}, in, moment_);
+  const double lost = Energy(Difference(weights_, product_), in, moment_) / energy;
+  const double apart =
+      Energy(Difference(MatrixOf(fit_.pair, GetParam()), product_), in, moment_) / energy;
+  EXPECT_NEAR(fit_.plain_error, lost, 1e-4 * lost);
+  EXPECT_NEAR(fit_.error - fit_.plain_error, apart, 1e-3 * apart + 1e-6 * lost);
+}
+
+const auto NameOfCase = [](const auto& info) { return info.param.name; };
+
+INSTANTIATE_TEST_SUITE_P(
+    Shapes, GarOfFactorsTest,
+    testing::Values(Case{"square", 64, 64, 32}, Case{"of_nine_tenths", 64, 64, 57},
+                    Case{"wide", 40, 90, 17}, Case{"tall", 150, 37, 33},
+                    Case{"of_one_component", 30, 50, 1}, Case{"all_but_one", 33, 70, 32},
+                    Case{"ill_conditioned", 60, 60, 40, 0.7},
+                    Case{"of_inputs_that_span_less", 50, 64, 24, 0.9, false, true}),
+    NameOfCase);
+
 INSTANTIATE_TEST_SUITE_P(
     Shapes, GarTest,
     testing::Values(Case{"square", 64, 64, 32}, Case{"wide", 40, 90, 17}, Case{"tall", 150, 37, 33},
@@ -175,7 +231,7 @@ INSTANTIATE_TEST_SUITE_P(
                     Case{"ill_conditioned", 60, 60, 40, 0.7},
                     Case{"with_equal_first_rows", 64, 64, 16, 1, true},
                     Case{"of_inputs_that_span_less", 50, 64, 24, 0.9, false, true}),
-    [](const auto& info) { return info.param.name; });
+    NameOfCase);
 
 TEST(Gar, NoTwoEqualRowsArePivots) {
   std::mt19937_64 random(6);
@@ -198,6 +254,19 @@ TEST(Gar, OfInputsThatAreAlwaysZeroLosesNothing) {
   ASSERT_TRUE(fit.ok()) << fit.status();
   EXPECT_EQ(fit->error, 0);
   EXPECT_EQ(fit->plain_error, 0);
+}
+
+TEST(Gar, OfFactorsThatAreZeroIsZero) {
+  std::mt19937_64 random(7);
+  const Case c = {.name = "", .out = 20, .in = 30, .rank = 6};
+  const std::vector<float> weights = RandomWeights(c, &random);
+  const std::vector<double> moment = RandomMoment(c, &random);
+  const FactorPair zeros = {.a = QuantiseFactor(std::vector<float>(6 * 30), 6, 30),
+                            .bt = QuantiseFactor(std::vector<float>(6 * 20), 6, 20)};
+  const auto fit = FitGarToFactors(zeros, weights, c.out, c.in, moment, c.rank);
+  ASSERT_TRUE(fit.ok()) << fit.status();
+  EXPECT_EQ(Energy(MatrixOf(fit->pair, c), c.in, moment), 0);
+  EXPECT_NEAR(fit->error, 1, 1e-6);
 }
 
 TEST(Gar, IsTakenFromAQuarterOfTheRankOn) {

@@ -3,6 +3,7 @@
 //
 //   consolidate_fixture make llama|bert DIR        DIR/source, DIR/text.txt and DIR/nested
 //   consolidate_fixture delta DIR DELTA OUT        DIR/source compressed alike, with a delta
+//   consolidate_fixture gar DIR DELTA OUT          the same, its levels with gar pairs
 //   consolidate_fixture outputs ARTIFACT TOKEN...  JSON: for each level the logits after every
 //   token,
 //                                                  or the embedding
@@ -42,7 +43,7 @@ std::string Words(int lines, uint64_t seed) {
 absl::StatusOr<std::unique_ptr<Backend>> MakeReference() { return MakeReferenceBackend(); }
 
 absl::Status CompressAlike(const std::string& directory, const std::string& delta,
-                           const std::string& output) {
+                           const std::string& output, bool has_gar) {
   CompressOptions options;
   options.source = directory + "/source";
   options.output = output;
@@ -50,6 +51,8 @@ absl::Status CompressAlike(const std::string& directory, const std::string& delt
   options.levels = 3;
   options.max_residual_rank = 16;
   options.max_head_residual_rank = 16;
+  // What trains are plain factors.
+  if (!has_gar) options.gar_levels = std::vector<int>();
   options.delta = delta;
   options.corpus.calibration_paths = {directory + "/text.txt"};
   options.corpus.calibration_tokens = 1024;
@@ -65,7 +68,7 @@ absl::Status Make(const std::string& kind, const std::string& directory) {
   const std::string source = directory + "/source";
   NESTOR_RETURN_IF_ERROR(kind == "bert" ? WriteTinyBert(source) : WriteTinyLlama(source));
   NESTOR_RETURN_IF_ERROR(WriteFileAtomically(directory + "/text.txt", Words(300, 1)));
-  return CompressAlike(directory, "", directory + "/nested");
+  return CompressAlike(directory, "", directory + "/nested", /*has_gar=*/false);
 }
 
 absl::Status Outputs(const std::string& artifact, const std::vector<int32_t>& tokens) {
@@ -95,8 +98,8 @@ absl::Status Outputs(const std::string& artifact, const std::vector<int32_t>& to
 absl::Status Run(const std::vector<std::string>& arguments) {
   const std::string command = arguments.empty() ? "" : arguments[0];
   if (command == "make" && arguments.size() == 3) return Make(arguments[1], arguments[2]);
-  if (command == "delta" && arguments.size() == 4) {
-    return CompressAlike(arguments[1], arguments[2], arguments[3]);
+  if ((command == "delta" || command == "gar") && arguments.size() == 4) {
+    return CompressAlike(arguments[1], arguments[2], arguments[3], command == "gar");
   }
   if (command == "outputs" && arguments.size() > 2) {
     std::vector<int32_t> tokens;

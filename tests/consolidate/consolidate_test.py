@@ -374,17 +374,60 @@ class Delta(unittest.TestCase):
         delta.apply(self.file, path("llama", "nested"), applied)
         self.addCleanup(shutil.rmtree, applied)
         tokens = torch.tensor([TOKENS])
-        outputs, ours = engine_outputs(out), engine_outputs(applied)
+        theirs, ours = (load_file(nested / "nested.safetensors") for nested in (out, applied))
+        self.assertEqual(set(theirs), set(ours))
+        for name, tensor in theirs.items():
+            self.assertTrue(torch.equal(tensor, ours[name]), name)
+        outputs, plain = engine_outputs(out), engine_outputs(path("llama", "nested"))
         for level in self.levels:
             self.model.set_level(level)
             with torch.no_grad():
                 trained = self.model.logits(tokens).flatten()
             scale = trained.abs().max().item()
-            # The term is in bf16 in the file and in int8 in the artifact.
+            # The term is trained in floats, and in int8 in the file and in the artifact.
             self.assertLess((outputs[level] - trained).abs().max().item(), 0.03 * scale)
-            self.assertLess((outputs[level] - ours[level]).abs().max().item(), 0.01 * scale)
-            plain = engine_outputs(path("llama", "nested"))[level]
-            self.assertGreater((plain - trained).abs().max().item(), 0.1 * scale)
+            self.assertGreater((plain[level] - trained).abs().max().item(), 0.1 * scale)
+
+    def test_gar_levels_are_read_as_the_engine_runs_them(self):
+        out = path("gar.nested")
+        fixture("gar", path("llama"), self.file, out)
+        self.addCleanup(shutil.rmtree, out)
+        artifact = Artifact(out)
+        self.assertLess(set(artifact.others()), set(artifact.tensors))
+        self.assertFalse([name for name in artifact.others() if ".gar." in name])
+        tokens = torch.tensor([TOKENS])
+        outputs = engine_outputs(out)
+        model = open_model()  # of the same source
+        for level, (stated, values) in enumerate(zip(artifact.levels, outputs)):
+            if stated.ladder == "prefix":
+                self.assertIn("gar", stated.forms)
+            for nested, form, rank in zip(model.nested, stated.forms, stated.ranks):
+                nested.dense = artifact.weight(nested.layer, form, rank)
+                nested.set_level("dense", 0)
+            with torch.no_grad():
+                logits = model.logits(tokens).flatten()
+            scale = values.abs().max().item()
+            self.assertLess((logits - values).abs().max().item(), 1e-4 * scale, f"level {level}")
+            if level not in self.levels:
+                continue
+            self.model.set_level(level)
+            with torch.no_grad():
+                trained = self.model.logits(tokens).flatten()
+            self.assertLess((trained - values).norm().item(), 0.05 * trained.norm().item())
+        with self.assertRaisesRegex(ArtifactError, "is a gar pair, expected plain factors"):
+            NestedModel(artifact)
+        with self.assertRaisesRegex(ArtifactError, "is a gar pair"):
+            delta.apply(self.file, out, path("not_written.nested"))
+        self.assertFalse(path("not_written.nested").exists())
+
+    def test_what_is_loaded_is_the_term_but_for_its_rounding(self):
+        loaded = delta.load(self.file, Artifact(path("llama", "nested")))
+        trained = {n.layer.name: n for n in self.model.nested if n.delta_rank > 0}
+        self.assertEqual(set(loaded), set(trained))
+        for name, (a, bt) in loaded.items():
+            expected = trained[name].delta_bt.T @ trained[name].delta_a
+            error = (bt.T @ a - expected).norm() / expected.norm()
+            self.assertLess(error.item(), 0.02, name)
 
     def test_its_size_is_as_planned(self):
         ranks = delta.largest_ranks(self.model.artifact, self.levels, 4000)
@@ -394,7 +437,7 @@ class Delta(unittest.TestCase):
         tensors = load_file(self.file)
         planned = delta.ranks_for(self.model.artifact, self.levels, 3)
         self.assertEqual(
-            sum(2 * t.numel() for t in tensors.values()),
+            sum(t.numel() * t.element_size() for t in tensors.values()),
             delta.size_of(self.model.artifact, planned),
         )
 
@@ -407,16 +450,30 @@ class Delta(unittest.TestCase):
             delta.load(self.file, Artifact(path("bert", "nested")))
         artifact = Artifact(path("llama", "nested"))
         tensors = load_file(self.file)
-        name = sorted(tensors)[0]
-        tensors[name] = tensors[name][:, :-1].contiguous()
-        damaged = path("damaged.safetensors")
-        save_file(
-            tensors,
-            damaged,
-            {"format": "nestor-delta", "version": "1", "source_sha256": artifact.sha256},
+        name = next(name for name in sorted(tensors) if name.endswith(".a"))
+
+        def refusal(changed, version="2") -> str:
+            damaged = path("damaged.safetensors")
+            save_file(
+                {k: t for k, t in (tensors | changed).items() if t is not None},
+                damaged,
+                {"format": "nestor-delta", "version": version, "source_sha256": artifact.sha256},
+            )
+            with self.assertRaises(ArtifactError) as caught:
+                delta.load(damaged, artifact)
+            return str(caught.exception)
+
+        shape = list(tensors[name].shape)
+        self.assertIn("version: '1', expected '2'", refusal({}, version="1"))
+        self.assertIn(
+            f"{name}: torch.int8 {[shape[0], shape[1] - 1]}, expected torch.int8 {shape}",
+            refusal({name: tensors[name][:, :-1].contiguous()}),
         )
-        with self.assertRaisesRegex(ArtifactError, "do not fit a layer"):
-            delta.load(damaged, artifact)
+        self.assertIn("torch.bfloat16 ", refusal({name: tensors[name].to(torch.bfloat16)}))
+        self.assertIn(f"{name}_scales: absent", refusal({f"{name}_scales": None}))
+        infinite = tensors[f"{name}_scales"] * float("inf")
+        self.assertIn("not finite", refusal({f"{name}_scales": infinite}))
+        self.assertIn("other.a belongs to no layer", refusal({"other.a": tensors[name].clone()}))
 
 
 class Training(unittest.TestCase):
