@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "base/bfloat16.h"
 #include "base/check.h"
 #include "base/status_macros.h"
 
@@ -23,6 +24,8 @@ constexpr int64_t kBlockRows = 2048;
 constexpr double kLeastDamping = 1e-9;
 constexpr double kLargestDamping = 1e-2;
 constexpr double kDampingStep = 100;
+// Most pivots that are set apart from the others, in a group of z that a few large values rule.
+constexpr int64_t kMostOutliers = 8;
 
 int Int(int64_t value) { return static_cast<int>(value); }
 
@@ -222,6 +225,98 @@ double LostByPair(const GarPair& pair, std::span<const float> weights, int64_t i
          LostEnergy(weights, in, moment, pair.rows, rank, a, DequantiseFactor(pair.bt), rank);
 }
 
+// Kernels round z_k s_k to int8 in groups, z = A x and s_k the largest scale of B's component k.
+struct PivotEnergies {
+  std::vector<double> z;     // [rank], E[(z_k s_k)^2]
+  std::vector<double> gain;  // [rank], the energy that one unit of z_k s_k has in the other outputs
+};
+
+PivotEnergies EnergiesOf(const GarPair& pair, std::span<const double> moment) {
+  const int64_t rank = pair.a.rank, in = pair.a.size, others = pair.bt.size;
+  const std::vector<double> a = Dequantised(pair.a);
+  const std::vector<double> bt = Dequantised(pair.bt);
+  std::vector<double> as(a.size());  // A S
+  cblas_dsymm(CblasRowMajor, CblasRight, CblasUpper, Int(rank), Int(in), 1, moment.data(), Int(in),
+              a.data(), Int(in), 0, as.data(), Int(in));
+  PivotEnergies energies;
+  for (int64_t k = 0; k < rank; ++k) {
+    const auto scales = pair.bt.scales.begin() + k * NumGroups(others);
+    double s = 0;
+    for (int64_t g = 0; g < NumGroups(others); ++g) {
+      s = std::max<double>(s, FloatFromBfloat16(scales[g]));
+    }
+    const double z = cblas_ddot(Int(in), a.data() + k * in, 1, as.data() + k * in, 1);
+    const double* const b = bt.data() + k * others;
+    energies.z.push_back(z * s * s);
+    energies.gain.push_back(s > 0 ? cblas_ddot(Int(others), b, 1, b, 1) / (s * s) : 0);
+  }
+  return energies;
+}
+
+// What rounding in groups adds to the other outputs, in some unit: the step of a group is as its
+// largest value.
+double RoundingEnergy(const PivotEnergies& energies, const std::vector<size_t>& order) {
+  double sum = 0;
+  for (size_t begin = 0; begin < order.size(); begin += kGroupSize) {
+    double largest = 0;
+    double gain = 0;
+    for (size_t i = begin; i < std::min<size_t>(order.size(), begin + kGroupSize); ++i) {
+      largest = std::max(largest, energies.z[order[i]]);
+      gain += energies.gain[order[i]];
+    }
+    sum += largest * gain;
+  }
+  return sum;
+}
+
+// Pivots by size, the largest first; but in the first group the `outliers` largest have the company
+// of those that matter least to the other outputs.
+std::vector<size_t> PivotOrder(const PivotEnergies& energies, int64_t outliers) {
+  std::vector<size_t> order(energies.z.size());
+  std::iota(order.begin(), order.end(), size_t{0});
+  const auto by_size = [&](size_t a, size_t b) { return energies.z[a] > energies.z[b]; };
+  std::stable_sort(order.begin(), order.end(), by_size);
+  if (outliers == 0 || std::ssize(order) <= kGroupSize) return order;
+  const auto first = order.begin() + outliers;
+  std::stable_sort(first, order.end(),
+                   [&](size_t a, size_t b) { return energies.gain[a] < energies.gain[b]; });
+  std::stable_sort(order.begin() + kGroupSize, order.end(), by_size);
+  return order;
+}
+
+FactorCodes OrderedComponents(const FactorCodes& factor, const std::vector<size_t>& order) {
+  const int64_t codes = PaddedToGroup(factor.size), scales = NumGroups(factor.size);
+  FactorCodes ordered = {.rank = factor.rank, .size = factor.size, .codes = {}, .scales = {}};
+  for (const size_t k : order) {
+    const auto row = static_cast<int64_t>(k);
+    const auto code = factor.codes.begin() + row * codes;
+    ordered.codes.insert(ordered.codes.end(), code, code + codes);
+    const auto scale = factor.scales.begin() + row * scales;
+    ordered.scales.insert(ordered.scales.end(), scale, scale + scales);
+  }
+  return ordered;
+}
+
+// The same pair with its pivots in an order that lets z be rounded to int8 in groups, neighbours of
+// one size. As QR chooses them, rounding takes 1 to 18 parts in a thousand of the others' energy,
+// in this order half of that (SmolLM2).
+void OrderPivots(std::span<const double> moment, GarPair* pair) {
+  const PivotEnergies energies = EnergiesOf(*pair, moment);
+  std::vector<size_t> best = PivotOrder(energies, 0);
+  double least = RoundingEnergy(energies, best);
+  for (int64_t outliers = 1; outliers <= std::min(kMostOutliers, pair->a.rank); ++outliers) {
+    std::vector<size_t> order = PivotOrder(energies, outliers);
+    const double energy = RoundingEnergy(energies, order);
+    if (energy >= least) continue;
+    least = energy;
+    best = std::move(order);
+  }
+  pair->a = OrderedComponents(pair->a, best);
+  pair->bt = OrderedComponents(pair->bt, best);
+  const std::vector<int32_t> rows = pair->rows;
+  for (size_t i = 0; i < best.size(); ++i) pair->rows[i] = rows[best[i]];
+}
+
 // The pair of the first components of `decomposition`, that of `weights`.
 absl::StatusOr<GarPair> FitPair(const Decomposition& decomposition, std::span<const float> weights,
                                 int64_t out, int64_t in, std::span<const double> moment,
@@ -234,6 +329,7 @@ absl::StatusOr<GarPair> FitPair(const Decomposition& decomposition, std::span<co
       const std::vector<float> bt,
       FitOthers(weights, out, in, moment, pair.rows, Dequantised(pair.a), rank));
   pair.bt = QuantiseFactor(bt, rank, out - rank);
+  OrderPivots(moment, &pair);
   return pair;
 }
 

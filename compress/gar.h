@@ -37,8 +37,9 @@ FormAndRank CheapestPrefix(int64_t out, int64_t in, int64_t rank, bool may_be_ga
 // [out, in] for inputs with second moment `moment` [in, in]. Pivots are chosen by QR with column
 // pivoting of the kept directions of the output (PIFA, arXiv 2501.19090). A, rows of B_r A_r, is
 // quantised first; B is the least-squares fit of the other outputs to the z that the quantised A
-// gives, which takes up its rounding. In double. REQUIRES: 0 < rank <= decomposition.rank, rank <
-// out. INTERNAL where LAPACK fails.
+// gives, which takes up its rounding. The pivots then stand in an order in which z, rounded to int8
+// in groups, loses little. In double. REQUIRES: 0 < rank <= decomposition.rank, rank < out.
+// INTERNAL where LAPACK fails.
 absl::StatusOr<GarFit> FitGar(const Decomposition& decomposition, std::span<const float> weights,
                               int64_t out, int64_t in, std::span<const double> moment,
                               int64_t rank);

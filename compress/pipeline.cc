@@ -63,6 +63,7 @@ constexpr int64_t kLanguageModelEvaluationTokens = 4096;
 constexpr int64_t kEncoderEvaluationTokens = 32768;
 constexpr int64_t kLanguageModelActivationTokens = 2048;
 constexpr int64_t kEncoderActivationTokens = 8192;
+constexpr int64_t kRefitTokens = 12288;
 // What a gar pair may lose of its layer's output, in terms of what plain factors of its rank lose.
 // Plain factors of the same cost lose several times as much (docs/ladders.md).
 constexpr double kLargestGarError = 1.5;
@@ -202,6 +203,9 @@ class Compression {
            (!chosen.has_value() || std::count(chosen->begin(), chosen->end(), level) > 0);
   }
   // On some level.
+  int64_t refit_tokens() const {
+    return options_.refit_tokens.value_or(options_.delta.empty() ? kRefitTokens : 0);
+  }
   bool may_be_gar() const {
     return has_prefix() && (!options_.gar_levels.has_value() || !options_.gar_levels->empty());
   }
@@ -271,6 +275,15 @@ absl::Status Compression::CheckOptions() const {
   if (options_.self_sample_tokens.value_or(0) < 0) {
     return absl::InvalidArgumentError(
         absl::StrCat("tokens to sample: must not be negative; was ", *options_.self_sample_tokens));
+  }
+  if (options_.refit_tokens.value_or(0) < 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("refit tokens: must not be negative; was ", *options_.refit_tokens));
+  }
+  if (!options_.delta.empty() && refit_tokens() > 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("refit tokens: ", refit_tokens(),
+                     ", but a delta's terms were trained beside factors that are not refitted"));
   }
   if (options_.delta.empty()) {
     const std::vector<double>& costs = options_.search.costs;
@@ -923,8 +936,8 @@ absl::Status Compression::RefitPrefix(const std::vector<Level>& levels) {
   }
   NESTOR_ASSIGN_OR_RETURN(std::unique_ptr<NestedModel> model, OpenModel(levels));
   NESTOR_RETURN_IF_ERROR(RefitFactors(
-      std::move(model), *source_, FirstSequences(options_.refit_tokens), options,
-      options_.make_backend, [&](const RefittedLayer& refitted) {
+      std::move(model), *source_, FirstSequences(refit_tokens()), options, options_.make_backend,
+      [&](const RefittedLayer& refitted) {
         const size_t layer = refitted.layer;
         NESTOR_RETURN_IF_ERROR(ReplacePrefix(layers[layer], refitted.factors, spill_.get()));
         // The factors of those are not complete yet.
@@ -1086,7 +1099,7 @@ absl::StatusOr<CompressReport> Compression::Run() {
     NESTOR_ASSIGN_OR_RETURN(std::vector<Level> levels, ChooseLevels());
     NESTOR_RETURN_IF_ERROR(WriteParts(levels));
     if (is_measured()) NESTOR_RETURN_IF_ERROR(CompareLosses(levels));
-    if (options_.refit_tokens > 0) NESTOR_RETURN_IF_ERROR(RefitPrefix(levels));
+    if (refit_tokens() > 0) NESTOR_RETURN_IF_ERROR(RefitPrefix(levels));
     if (delta_.has_value()) {
       NESTOR_RETURN_IF_ERROR(ApplyDelta(*delta_, source_->layers(), spill_.get()));
       if (!may_be_gar()) NESTOR_RETURN_IF_ERROR(WriteParts(levels));

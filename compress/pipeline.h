@@ -57,8 +57,9 @@ struct CompressOptions {
   int64_t max_residual_rank = 64;
   int64_t max_head_residual_rank = 128;
   // Calibration tokens that a prefix ladder's factors are refitted on (RefitFactors); 0: not at
-  // all. A residual ladder gains nothing from it (measured) and is left as it is.
-  int64_t refit_tokens = 12288;
+  // all. 12288 unless set; 0 with a delta, whose terms were trained beside the factors as they are.
+  // A residual ladder gains nothing from it (measured) and is left as it is.
+  std::optional<int64_t> refit_tokens;
   // Levels of the prefix ladder (or the mixed one), a delta's too, from its cheapest, 0, on, that
   // may run gar pairs where a layer's prefix is cheaper so; unset: all.
   std::optional<std::vector<int>> gar_levels;
