@@ -85,7 +85,11 @@ compress() {
     arguments+=(--ladder prefix --levels 5 --calibration models/calibration_sentences.txt
       --evaluation models/evaluation_sentences.txt)
   else
-    arguments+=(--ladder residual --levels 6 --calibration models/calibration.txt
+    # Levels of fewer FLOPs need training, which this checkpoint has had.
+    local delta ladder=(--ladder residual)
+    delta=config/deltas/$(basename "$model").safetensors
+    [[ ! -f $delta ]] || ladder=(--ladder both --delta "$delta")
+    arguments+=("${ladder[@]}" --levels 6 --calibration models/calibration.txt
       --evaluation models/evaluation.txt)
   fi
   "$nestor" compress "$model" "$artifact" "${arguments[@]}"

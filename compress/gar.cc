@@ -16,7 +16,8 @@
 namespace nestor {
 namespace {
 
-constexpr int64_t kLeastGarShare = 4;  // of the full rank, one part in
+constexpr int64_t kLeastGarShare = 4;    // of the full rank, one part in
+constexpr int64_t kLeastGarSaving = 16;  // of the plain factors' FLOPs, one part in
 // Rows of W in double at a time: a head has tens of thousands.
 constexpr int64_t kBlockRows = 2048;
 // Added to the moment of z, as share of its mean diagonal: inputs may span less than the rank. The
@@ -336,7 +337,8 @@ absl::StatusOr<GarPair> FitPair(const Decomposition& decomposition, std::span<co
 }  // namespace
 
 FormAndRank CheapestPrefix(int64_t out, int64_t in, int64_t rank, bool may_be_gar) {
-  const bool is_gar = may_be_gar && kLeastGarShare * rank >= std::min(out, in) && rank < out;
+  const bool is_gar = may_be_gar && kLeastGarShare * rank >= std::min(out, in) &&
+                      kLeastGarSaving * rank >= out + in && rank < out;
   return {is_gar ? Form::kGar : Form::kPrefix, rank};
 }
 

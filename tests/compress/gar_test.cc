@@ -352,6 +352,10 @@ TEST(Gar, IsTakenFromAQuarterOfTheRankOn) {
   EXPECT_EQ(CheapestPrefix(64, 100, 15, true), (FormAndRank{Form::kPrefix, 15}));
   EXPECT_EQ(CheapestPrefix(64, 100, 16, true), (FormAndRank{Form::kGar, 16}));
   EXPECT_EQ(CheapestPrefix(64, 100, 16, false), (FormAndRank{Form::kPrefix, 16}));
+  // A pair of a head saves next to nothing.
+  EXPECT_EQ(CheapestPrefix(1000, 64, 60, true), (FormAndRank{Form::kPrefix, 60}));
+  EXPECT_EQ(CheapestPrefix(160, 64, 14, true), (FormAndRank{Form::kPrefix, 14}));
+  EXPECT_EQ(CheapestPrefix(160, 64, 16, true), (FormAndRank{Form::kGar, 16}));
 }
 
 TEST(Gar, RanksReachBeyondBreakEven) {
