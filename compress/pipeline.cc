@@ -321,6 +321,9 @@ absl::Status Compression::CheckSearch() const {
     return absl::InvalidArgumentError(
         "delta: names the levels itself; neither costs nor a measured search may be given");
   }
+  if (!options_.delta.empty() && !options_.makes_gar_pairs) {
+    return absl::InvalidArgumentError("gar levels: put off, but a delta has been trained");
+  }
   if (!is_measured() && options_.ladder == LadderChoice::kMixed) {
     return absl::InvalidArgumentError("search: a mixed ladder needs a measured search");
   }
@@ -958,6 +961,7 @@ FormAndRank Compression::FinalChoice(size_t level, size_t layer, FormAndRank cho
 
 std::set<int64_t> Compression::GarRanksOf(const std::vector<Level>& levels, size_t layer) const {
   std::set<int64_t> ranks;
+  if (!options_.makes_gar_pairs) return ranks;
   for (size_t i = 0; i < levels.size(); ++i) {
     const auto [form, rank] = FinalChoice(i, layer, levels[i].profile[layer]);
     if (form == Form::kGar) ranks.insert(rank);
@@ -1104,7 +1108,8 @@ absl::StatusOr<CompressReport> Compression::Run() {
       NESTOR_RETURN_IF_ERROR(ApplyDelta(*delta_, source_->layers(), spill_.get()));
       if (!may_be_gar()) NESTOR_RETURN_IF_ERROR(WriteParts(levels));
     }
-    if (may_be_gar()) NESTOR_RETURN_IF_ERROR(RunGarPairs(&levels));
+    const bool makes_pairs = may_be_gar() && options_.makes_gar_pairs;
+    if (makes_pairs) NESTOR_RETURN_IF_ERROR(RunGarPairs(&levels));
     NESTOR_RETURN_IF_ERROR(ChooseActivations(levels));
     NESTOR_ASSIGN_OR_RETURN(const std::vector<Level> measured, MeasureLevels(levels));
     report_.levels = WithoutInversions(measured, &report_.notes);
@@ -1113,7 +1118,7 @@ absl::StatusOr<CompressReport> Compression::Run() {
       NESTOR_RETURN_IF_ERROR(WriteParts(report_.levels));
     }
     spill_.reset();
-    if (may_be_gar()) ReportGarPairs();
+    if (makes_pairs) ReportGarPairs();
     NESTOR_RETURN_IF_ERROR(WriteDescription(&report_.levels));
     return CommitDirectory(partial_, output_, options_.overwrites);
   }();

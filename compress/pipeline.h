@@ -63,6 +63,9 @@ struct CompressOptions {
   // Levels of the prefix ladder (or the mixed one), a delta's too, from its cheapest, 0, on, that
   // may run gar pairs where a layer's prefix is cheaper so; unset: all.
   std::optional<std::vector<int>> gar_levels;
+  // Whether those pairs are made. An artifact without is one to train: its ranks are chosen at the
+  // cost of pairs, and run as plain factors, which may cost more than the dense layer.
+  bool makes_gar_pairs = true;
   RankSearchOptions search;
   // A file of consolidate/, empty for none: it names the prefix ladder's levels and improves them
   // (delta.h).

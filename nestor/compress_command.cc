@@ -66,7 +66,7 @@ absl::StatusOr<std::optional<std::vector<int>>> ParseGarLevels(const std::string
     int level = 0;
     if (!absl::SimpleAtoi(item, &level)) {
       return UsageError(absl::StrCat(
-          "--gar-levels: expected all, none, or numbers and commas; was \"", list, "\""));
+          "--gar-levels: expected all, none, later, or numbers and commas; was \"", list, "\""));
     }
     levels.push_back(level);
   }
@@ -156,7 +156,8 @@ absl::Status RunCompress(const std::vector<std::string>& arguments) {
   flags.Add("gar-levels", &gar_levels,
             "levels of a prefix ladder, 0 being its cheapest, whose layers are stored once more in "
             "their cheapest gauge, for a quarter less FLOPs at most: all, none, or such as 1,2; "
-            "unless given none, with --delta all");
+            "unless given none, with --delta all; later: an artifact to train, with the ranks of "
+            "all, but as plain factors, whose cost its levels state");
   flags.Add("rows", &options.search.rows, "rows of the step whose time a measured search measures");
   flags.Add("probes", &options.search.probes,
             "ranks that a measured search probes of each layer and form; 1 is quickest");
@@ -186,7 +187,9 @@ absl::Status RunCompress(const std::vector<std::string>& arguments) {
   NESTOR_ASSIGN_OR_RETURN(options.search.costs, ParseCosts(costs));
   // A trained level is frozen, and its costs were counted so.
   if (gar_levels.empty()) gar_levels = options.delta.empty() ? "none" : "all";
-  NESTOR_ASSIGN_OR_RETURN(options.gar_levels, ParseGarLevels(gar_levels));
+  options.makes_gar_pairs = gar_levels != "later";
+  NESTOR_ASSIGN_OR_RETURN(options.gar_levels,
+                          ParseGarLevels(options.makes_gar_pairs ? gar_levels : "all"));
   options.threads = AvailableCpus();
   options.make_backend = [] { return MakeCpuBackend({}); };
 

@@ -324,6 +324,37 @@ int64_t CountGar(const Level& level) {
                        [](const FormAndRank& layer) { return layer.form == Form::kGar; });
 }
 
+TEST_F(PipelineTest, AnArtifactToTrainHasTheRanksOfGarPairsAsPlainFactors) {
+  CompressOptions options = Options("llama");
+  options.ladder = LadderChoice::kPrefix;
+  options.search.method = RankSearch::kEnergy;
+  options.search.costs = {0.7};
+  options.evaluation_tokens = kTooFewToLeaveOutALevel;
+  const auto with = Compress(options);
+  ASSERT_TRUE(with.ok()) << with.status();
+  options.output = Path("to_train.nested");
+  options.makes_gar_pairs = false;
+  const auto to_train = Compress(options);
+  ASSERT_TRUE(to_train.ok()) << to_train.status();
+  EXPECT_EQ(to_train->gar_pairs, 0);
+  EXPECT_GT(to_train->levels[0].relative_flops, with->levels[0].relative_flops + 0.01);
+  const Profile& pairs = with->levels[0].profile;
+  const Profile& plain = to_train->levels[0].profile;
+  int64_t num_pairs = 0;
+  for (size_t layer = 0; layer < pairs.size(); ++layer) {
+    EXPECT_EQ(plain[layer].rank, pairs[layer].rank) << layer;
+    EXPECT_NE(plain[layer].form, Form::kGar) << layer;
+    EXPECT_EQ(plain[layer].form == Form::kDense, pairs[layer].form == Form::kDense) << layer;
+    num_pairs += pairs[layer].form == Form::kGar ? 1 : 0;
+  }
+  EXPECT_GT(num_pairs, 0);
+
+  options.search = {};
+  options.delta = "some.safetensors";
+  options.output = Path("trained.nested");
+  EXPECT_THAT(Compress(options).status().message(), HasSubstr("gar levels: put off, but a delta"));
+}
+
 TEST_F(PipelineTest, WithoutGarPairsALevelHasSmallerRanks) {
   CompressOptions options = Options("llama");
   options.ladder = LadderChoice::kPrefix;
