@@ -14,6 +14,7 @@ import torch
 HELD_OUT_SHARE = 0.05
 EVALUATION_BATCH = 4
 PROMPT_TOKENS = 4  # that a sampled text takes from a given one
+SAMPLED_WINDOWS = {"cpu": 16, "cuda": 2048}  # side by side
 
 
 class DataError(ValueError):
@@ -161,9 +162,10 @@ class Sentences(_Texts):
 
 
 @torch.no_grad()
-def sample_text(model, tokenizer, starts: Windows, tokens: int, path, batch=16, seed=1):
+def sample_text(model, tokenizer, starts: Windows, tokens: int, path, batch=None, seed=1):
     """Writes about `tokens` tokens of text that the full level makes up, by way of PATH.partial:
     its own distribution, T = 1, from the first words of windows of `starts` on."""
+    batch = batch or SAMPLED_WINDOWS[model.device.type]
     torch.manual_seed(seed)
     model.set_level(model.full_level)
     pieces = []
