@@ -305,6 +305,7 @@ TEST_F(DeltaTest, ItsLevelsAreRead) {
 
 TEST_F(DeltaTest, ComponentsAfterTheTermsAreThoseOfAPlainLadder) {
   CompressOptions plain_options = Options("plain");
+  plain_options.refit_tokens = 0;  // as with a delta
   const auto plain = Compress(plain_options);
   ASSERT_TRUE(plain.ok()) << plain.status();
   // The plain ladder's own levels, with terms where a layer runs enough components.
@@ -528,6 +529,10 @@ TEST_F(DeltaTest, OptionsThatContradictItAreRefused) {
   options.search.costs = {0.8};
   EXPECT_THAT(std::string(Compress(options).status().message()),
               HasSubstr("names the levels itself"));
+  options.search.costs.clear();
+  options.refit_tokens = 512;
+  EXPECT_THAT(std::string(Compress(options).status().message()),
+              HasSubstr("refit tokens: 512, but"));
 }
 
 }  // namespace
