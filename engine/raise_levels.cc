@@ -38,7 +38,8 @@ LevelRaiser::LevelRaiser(const std::vector<LinearSpec>* layers, const std::vecto
       const auto out = static_cast<double>(layers_[i].out);
       const auto in = static_cast<double>(layers_[i].in);
       const auto& [form, rank] = level.profile[i];
-      if (form == Form::kDense || form == Form::kResidual) work.dense += 2 * out * in;
+      if (form == Form::kDense) work.dense += 2 * out * in;
+      if (form == Form::kResidual) work.coarse += 2 * out * in;
       const double pivots = form == Form::kGar ? static_cast<double>(rank) : 0;
       work.factors += 2 * static_cast<double>(rank) * (out + in - pivots);
     }
@@ -92,8 +93,9 @@ double LevelRaiser::CostOf(std::span<const Entry> entries, int target, const Ste
   for (const Entry& entry : entries) {
     const int level = Moves(entry, target) ? target : entry.level;
     levels |= SetOf(level);
-    const auto& [dense, factors] = row_work_[static_cast<size_t>(level)];
-    work += static_cast<double>(entry.rows) * (dense + costs.factor_weight * factors);
+    const auto& [dense, coarse, factors] = row_work_[static_cast<size_t>(level)];
+    work += static_cast<double>(entry.rows) *
+            (dense + costs.coarse_weight * coarse + costs.factor_weight * factors);
   }
   return static_cast<double>(BytesOf(levels)) + costs.bytes_per_flop * work;
 }

@@ -49,9 +49,10 @@ class LevelRaiser {
   const std::vector<Level>& levels_;
   const DenseStorage dense_;
   const Backend* const backend_;
-  // FLOPs of a row by level, of planes or dense weights and of factors.
+  // FLOPs of a row by level.
   struct RowWork {
-    double dense = 0;
+    double dense = 0;   // of both planes or dense weights
+    double coarse = 0;  // of the coarse plane alone
     double factors = 0;
   };
   std::vector<RowWork> row_work_;

@@ -143,6 +143,7 @@ struct KvCacheShape {
 struct StepCosts {
   double bytes_per_flop = 0.1;  // that the device reads while it does one FLOP of planes or dense
   double factor_weight = 1;     // FLOPs of planes in the time of one of factors
+  double coarse_weight = 1;     // FLOPs of planes in the time of one of the coarse plane alone
 };
 
 // A device that holds weights and runs the operations of a step, one after the other.

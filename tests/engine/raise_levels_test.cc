@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "gtest/gtest.h"
+#include "kernels/cpu/cpu_backend.h"
 #include "kernels/reference/reference_backend.h"
 
 namespace nestor {
@@ -51,6 +52,21 @@ class LevelRaiserTest : public ::testing::Test {
 TEST_F(LevelRaiserTest, AResidualRowRunsWithTheDenseOneThatIsThere) {
   EXPECT_EQ(Raised({{1, kResidual}, {1, kFull}}, kAll), (std::vector<int>{kFull, kFull}));
   EXPECT_EQ(Raised({{20, kResidual}, {1, kFull}}, kAll), (std::vector<int>{kFull, kFull}));
+}
+
+// With AVX2 eight rows take as long as their FLOPs, of which the coarse plane alone has half.
+TEST_F(LevelRaiserTest, AResidualRowStaysWhereTheFinePlaneIsWorkOfItsOwn) {
+  for (const CpuInstructionSet set : {CpuInstructionSet::kAvx2, CpuInstructionSet::kAvx512}) {
+    if (set > BestInstructionSet()) continue;
+    const auto backend = MakeCpuBackend({.num_threads = 1, .instruction_set = set});
+    ASSERT_TRUE(backend.ok()) << backend.status();
+    LevelRaiser raiser(&layers_, &levels_, DenseStorage::kPlanes, backend->get());
+    std::vector<LevelRaiser::Entry> entries = {{.rows = 4, .level = kResidual, .may_run = kAll},
+                                               {.rows = 4, .level = kFull, .may_run = kAll}};
+    raiser.Raise(entries);
+    EXPECT_EQ(entries[0].level, set == CpuInstructionSet::kAvx2 ? kResidual : kFull);
+    EXPECT_EQ(entries[1].level, kFull);
+  }
 }
 
 TEST_F(LevelRaiserTest, APrefixRowDoesWhereItsBytesWeighMoreThanItsFlops) {
