@@ -76,12 +76,12 @@ class CpuBackend : public Backend {
     // take 3.3 ms and another row of 270 MFLOP 0.95 ms with AVX-512; with AVX2 4 ms and 2.2 ms;
     // factors run at half of the planes' rate (docs/kernels.md). 512 rows: 460 GFLOP/s with AVX-512
     // at 35 GB/s, 160 with AVX2 at 30 (Zen 3). Few rows with AVX2 spend half of their instructions
-    // on the fine plane, which VNNI adds in the same ones.
+    // on the fine plane, which VNNI adds in the same ones; two wait for memory still.
     const bool has_avx512 = kernels_->instruction_set >= CpuInstructionSet::kAvx512;
     if (rows <= kMaxFewRows)
       return {.bytes_per_flop = has_avx512 ? 0.17 : 0.32,
               .factor_weight = 2,
-              .coarse_weight = has_avx512 ? 1 : 0.5};
+              .coarse_weight = has_avx512 || rows <= 2 ? 1 : 0.5};
     return {.bytes_per_flop = has_avx512 ? 0.08 : 0.19, .factor_weight = 1.2};
   }
   LinearCost executed() const override { return linear_.executed(); }
