@@ -59,6 +59,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 # shellcheck source=scripts/step.sh
 source scripts/step.sh
 nestor=build/bin/nestor
+delta=
 
 build() {
   mkdir -p build
@@ -74,6 +75,7 @@ fetch() {
     model=$(.venv/bin/python scripts/fetch_model.py all-minilm-l6-v2)
   elif [[ -z $model ]]; then
     model=$(.venv/bin/python scripts/fetch_model.py smollm2-135m-instruct)
+    delta=config/deltas/smollm2-135m-instruct.safetensors
   fi
   # The script writes this file last.
   [[ -s models/evaluation_sentences.txt ]] || .venv/bin/python scripts/calibration_text.py models
@@ -85,10 +87,9 @@ compress() {
     arguments+=(--ladder prefix --levels 5 --calibration models/calibration_sentences.txt
       --evaluation models/evaluation_sentences.txt)
   else
-    # Levels of fewer FLOPs need training, which this checkpoint has had.
-    local delta ladder=(--ladder residual)
-    delta=config/deltas/$(basename "$model").safetensors
-    [[ ! -f $delta ]] || ladder=(--ladder both --delta "$delta")
+    # Levels of fewer FLOPs need training, which our own choice of a model has had.
+    local ladder=(--ladder residual)
+    [[ -z $delta ]] || ladder=(--ladder both --delta "$delta")
     arguments+=("${ladder[@]}" --levels 6 --calibration models/calibration.txt
       --evaluation models/evaluation.txt)
   fi

@@ -177,7 +177,7 @@ class Artifact:
             if level.forms[self.layers.index(layer)] == "gar":
                 raise ArtifactError(
                     f"{self.directory / 'nested.json'}: levels[{i}]: {layer.name} is a gar pair, "
-                    "expected plain factors: compress with --gar-levels none"
+                    "expected plain factors: compress with --gar-levels later"
                 )
 
     def bias(self, layer: Layer):

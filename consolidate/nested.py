@@ -353,10 +353,6 @@ class NestedModel(nn.Module):
         if pairs:
             torch.autograd.backward(*zip(*pairs))
 
-    def flops_per_token(self) -> float:
-        """Of a pass that sees one matrix of each layer: forward alone, attention not counted."""
-        return 2.0 * sum(nested.layer.out * nested.layer.in_ for nested in self.nested)
-
     def hidden(self, tokens: torch.Tensor, mask=None) -> torch.Tensor:
         """Last hidden states [batch, length, hidden] of token ids [batch, length]; `mask`, of the
         same shape, is 0 where there is padding."""

@@ -4,7 +4,6 @@ arithmetic of training. What is reported of an artifact, `nestor evaluate` measu
 import math
 
 import torch
-
 from torch.nn import functional as F
 
 from consolidate.objectives import CHUNK_ROWS

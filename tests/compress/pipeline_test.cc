@@ -60,6 +60,9 @@ absl::StatusOr<std::unique_ptr<Backend>> MakeFp32Cpu() {
                          .kv_cache_type = KvCacheType::kFloat32});
 }
 
+// Levels of random weights that measure worse than cheaper ones beyond doubt are left out.
+constexpr int64_t kTooFewToLeaveOutALevel = 64;
+
 class PipelineTest : public testing::Test {
  protected:
   void SetUp() override {
@@ -87,6 +90,16 @@ class PipelineTest : public testing::Test {
     options.self_sample_tokens = 0;
     options.threads = 2;
     options.make_backend = MakeCpu;
+    return options;
+  }
+
+  // A prefix ladder of one level of the tiny Llama, whose ranks depend on no measurement.
+  CompressOptions OptionsOfOneLevel() const {
+    CompressOptions options = Options("llama");
+    options.ladder = LadderChoice::kPrefix;
+    options.search.method = RankSearch::kEnergy;
+    options.search.costs = {0.7};
+    options.evaluation_tokens = kTooFewToLeaveOutALevel;
     return options;
   }
 
@@ -316,20 +329,13 @@ TEST_F(PipelineTest, RefittedPrefixesStayCloserToTheFullLevel) {
             0.9 * DistanceFromFull(Path("out.nested"), 1, text));
 }
 
-// Levels of random weights that measure worse than cheaper ones beyond doubt are left out.
-constexpr int64_t kTooFewToLeaveOutALevel = 64;
-
 int64_t CountGar(const Level& level) {
   return std::count_if(level.profile.begin(), level.profile.end(),
                        [](const FormAndRank& layer) { return layer.form == Form::kGar; });
 }
 
 TEST_F(PipelineTest, AnArtifactToTrainHasTheRanksOfGarPairsAsPlainFactors) {
-  CompressOptions options = Options("llama");
-  options.ladder = LadderChoice::kPrefix;
-  options.search.method = RankSearch::kEnergy;
-  options.search.costs = {0.7};
-  options.evaluation_tokens = kTooFewToLeaveOutALevel;
+  CompressOptions options = OptionsOfOneLevel();
   const auto with = Compress(options);
   ASSERT_TRUE(with.ok()) << with.status();
   options.output = Path("to_train.nested");
@@ -356,11 +362,7 @@ TEST_F(PipelineTest, AnArtifactToTrainHasTheRanksOfGarPairsAsPlainFactors) {
 }
 
 TEST_F(PipelineTest, WithoutGarPairsALevelHasSmallerRanks) {
-  CompressOptions options = Options("llama");
-  options.ladder = LadderChoice::kPrefix;
-  options.search.method = RankSearch::kEnergy;
-  options.search.costs = {0.7};
-  options.evaluation_tokens = kTooFewToLeaveOutALevel;
+  CompressOptions options = OptionsOfOneLevel();
   const auto with = Compress(options);
   ASSERT_TRUE(with.ok()) << with.status();
   options.output = Path("plain.nested");
