@@ -177,7 +177,7 @@ absl::StatusOr<Profile> ProfileFrom(const Json& json, const std::vector<LinearSp
   return profile;
 }
 
-// The rows of `codes` in the spill after those of `term`, as many as there were.
+// The rows of tensor `name` in the spill after those of `term`, as many as there were.
 absl::Status PutBefore(const FactorCodes& term, const std::string& name, TensorSpill* spill) {
   const auto put = [&](const std::string& tensor, std::span<const std::byte> first) {
     absl::StatusOr<std::vector<std::byte>> bytes = spill->Read(tensor);

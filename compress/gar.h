@@ -29,10 +29,10 @@ struct GarFit {
 };
 
 // How a level runs `rank` components of a layer at the least cost: from a quarter of its rank on as
-// a gar pair, where it may and where that saves a sixteenth of the FLOPs. Below, a pair saves less
-// than an eighth of a square layer's, and is bytes of its own. A head's would save one part in a
-// hundred, and each of its many outputs would take up the rounding of all pivots: in int8 SmolLM2's
-// level of 0.8 falls from 0.82 to 0.80 with one.
+// a gar pair, where it may and where that saves a sixteenth of the FLOPs. Below a quarter, it saves
+// less than an eighth of a square layer's, and is bytes of its own. A head's would save one part in
+// a hundred, and each of its many outputs would take up the rounding of all pivots: in int8
+// SmolLM2's level of 0.8 falls from 0.82 to 0.80 with one.
 FormAndRank CheapestPrefix(int64_t out, int64_t in, int64_t rank, bool may_be_gar);
 
 // Makes the pair of the first `rank` components of `decomposition`, which is that of `weights`

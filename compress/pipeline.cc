@@ -202,10 +202,10 @@ class Compression {
     return ladder.name != "residual" &&
            (!chosen.has_value() || std::count(chosen->begin(), chosen->end(), level) > 0);
   }
-  // On some level.
   int64_t refit_tokens() const {
     return options_.refit_tokens.value_or(options_.delta.empty() ? kRefitTokens : 0);
   }
+  // On some level.
   bool may_be_gar() const {
     return has_prefix() && (!options_.gar_levels.has_value() || !options_.gar_levels->empty());
   }
@@ -320,6 +320,10 @@ absl::Status Compression::CheckSearch() const {
   if (!options_.delta.empty() && (is_measured() || !search.costs.empty())) {
     return absl::InvalidArgumentError(
         "delta: names the levels itself; neither costs nor a measured search may be given");
+  }
+  if (!has_prefix() && !options_.makes_gar_pairs) {
+    return absl::InvalidArgumentError(
+        "gar levels: put off, but a residual ladder has no gar pairs");
   }
   if (!options_.delta.empty() && !options_.makes_gar_pairs) {
     return absl::InvalidArgumentError("gar levels: put off, but a delta has been trained");
@@ -773,10 +777,11 @@ std::vector<Profile> Compression::ProfilesOfDelta(const LadderPlan& ladder) {
     }
   }
   if (num_dense > 0) {
-    report_.notes.push_back(absl::StrFormat(
-        "%d layers of the delta's levels run dense: plain factors of their ranks cost more, and "
-        "their levels have no gar pairs",
-        num_dense));
+    report_.notes.push_back(
+        absl::StrFormat("at %d places of the delta's levels layers run dense: plain factors of "
+                        "their ranks cost more, and "
+                        "their levels have no gar pairs",
+                        num_dense));
   }
   return profiles;
 }
@@ -943,8 +948,6 @@ absl::Status Compression::RefitPrefix(const std::vector<Level>& levels) {
       [&](const RefittedLayer& refitted) {
         const size_t layer = refitted.layer;
         NESTOR_RETURN_IF_ERROR(ReplacePrefix(layers[layer], refitted.factors, spill_.get()));
-        // The factors of those are not complete yet.
-        if (has_term(layer)) return absl::OkStatus();
         return FitGarPairs(layer, GarRanksOf(levels, layer), [&](int64_t rank) {
           return FitGar(refitted.decomposition, refitted.weights, layers[layer].out,
                         layers[layer].in, refitted.moment, rank);

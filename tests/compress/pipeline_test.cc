@@ -359,6 +359,10 @@ TEST_F(PipelineTest, AnArtifactToTrainHasTheRanksOfGarPairsAsPlainFactors) {
   options.delta = "some.safetensors";
   options.output = Path("trained.nested");
   EXPECT_THAT(Compress(options).status().message(), HasSubstr("gar levels: put off, but a delta"));
+  options.ladder = LadderChoice::kResidual;
+  options.delta.clear();
+  EXPECT_THAT(Compress(options).status().message(),
+              HasSubstr("gar levels: put off, but a residual ladder"));
 }
 
 TEST_F(PipelineTest, WithoutGarPairsALevelHasSmallerRanks) {

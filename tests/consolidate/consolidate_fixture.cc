@@ -53,6 +53,7 @@ absl::Status CompressAlike(const std::string& directory, const std::string& delt
   options.max_head_residual_rank = 16;
   // What trains are plain factors.
   if (!has_gar) options.gar_levels = std::vector<int>();
+  options.refit_tokens = 0;  // as with a delta
   options.delta = delta;
   options.corpus.calibration_paths = {directory + "/text.txt"};
   options.corpus.calibration_tokens = 1024;
