@@ -220,6 +220,14 @@ absl::StatusOr<Delta> ReadDelta(const std::string& path, const std::string& sour
     }
     delta.profiles.push_back(*std::move(profile));
   }
+  const auto calibration = file->metadata().find("calibration");
+  if (calibration != file->metadata().end()) {
+    const Json parsed = Json::parse(calibration->second, nullptr, /*allow_exceptions=*/false);
+    if (!parsed.is_object()) {
+      return DeltaError(path, "metadata calibration: expected an object as JSON");
+    }
+    delta.calibration = parsed.dump();
+  }
   return delta;
 }
 

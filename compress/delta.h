@@ -20,6 +20,9 @@ struct Delta {
   // Forms dense and prefix, of any rank that a gar pair may have; nested, cheapest first.
   std::vector<Profile> profiles;
   std::vector<FactorPair> terms;  // by layer; of rank 0 where it has none
+  // Of the artifact whose factors it was trained beside, as nested.json states it, JSON; empty
+  // where the file does not say.
+  std::string calibration;
 };
 
 // Reads a delta that consolidate/ wrote. `source_sha256` and `layers` are those of the checkpoint

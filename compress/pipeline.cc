@@ -172,6 +172,8 @@ class Compression {
                                 const std::vector<int64_t>& targets) const;
   // The delta's, where layers whose ranks do not pay run dense.
   std::vector<Profile> ProfilesOfDelta(const LadderPlan& ladder);
+  // What nested.json says of it.
+  Json CalibrationOrigin() const;
   absl::StatusOr<std::vector<Level>> ChooseLevels();
   absl::Status CompareLosses(const std::vector<Level>& levels);
   absl::Status RefitPrefix(const std::vector<Level>& levels);
@@ -757,7 +759,21 @@ std::vector<int64_t> Compression::TargetsOf(const LadderPlan& ladder) const {
   return targets;
 }
 
+Json Compression::CalibrationOrigin() const {
+  return {{"text_sha256", corpus_.calibration_sha256},
+          {"tokens", report_.calibration_tokens},
+          {"self_sampled_tokens", self_sample_tokens_}};
+}
+
 std::vector<Profile> Compression::ProfilesOfDelta(const LadderPlan& ladder) {
+  if (const std::string own = CalibrationOrigin().dump();
+      !delta_->calibration.empty() && delta_->calibration != own) {
+    report_.notes.push_back(
+        absl::StrCat("the delta was trained beside factors of another calibration, ",
+                     delta_->calibration, ", where this one is ", own,
+                     ": its levels may be much worse than it was trained to make "
+                     "them"));
+  }
   std::vector<Profile> profiles = delta_->profiles;
   int64_t num_dense = 0;
   for (size_t layer = 0; layer < source_->layers().size(); ++layer) {
@@ -894,10 +910,7 @@ absl::Status Compression::WriteDescription(const std::vector<Level>* levels) con
                  : has_residual() ? Json::array({4})
                                   : Json::array()},
       {"layers", layers},
-      {"calibration",
-       {{"text_sha256", corpus_.calibration_sha256},
-        {"tokens", report_.calibration_tokens},
-        {"self_sampled_tokens", self_sample_tokens_}}},
+      {"calibration", CalibrationOrigin()},
       {"evaluation",
        {{"text_sha256", corpus_.evaluation_sha256},
         {"tokens", report_.evaluation_tokens},

@@ -10,11 +10,12 @@ import torch
 
 from consolidate import delta, evaluate
 from consolidate.artifact import Artifact, ArtifactError
-from consolidate.data import DataError, Sentences, Windows, load_tokenizer, sample_text
+from consolidate.data import DataError, Sentences, Windows, load_tokenizer
 from consolidate.nested import NestedModel
 from consolidate.objectives import Embeddings, FlexRank, NestedSubspaces
 from consolidate.profiles import SAMPLERS
 from consolidate.quality import Judge
+from consolidate.sampling import sample_text
 from consolidate.train import Diverged, Settings, Trainer, export_delta
 
 OBJECTIVES = {"flexrank": FlexRank, "nsn": NestedSubspaces, "embeddings": Embeddings}
@@ -74,7 +75,8 @@ def parse(arguments):
         type=int,
         default=0,
         metavar="TOKENS",
-        help="text that the full level writes itself, one more to train on",
+        help="text that the full level writes itself, from first words of the texts on and in answer "
+        "to questions; one more to train on",
     )
     add("--delta-bytes", type=float, default=7.9e6, help="most that the terms may take")
     add(
@@ -219,7 +221,7 @@ def read_text(model: NestedModel, options, work: pathlib.Path):
         path = work / "self_sampled.txt"
         if not path.exists():
             starts = Windows(texts, tokenizer, options.length, options.seed)
-            sample_text(model, tokenizer, starts, options.self_sample, path, seed=options.seed)
+            sample_text(model, starts, options.self_sample, path, seed=options.seed)
         texts.append(path)
     return Windows(texts, tokenizer, options.length, options.seed)
 
@@ -264,6 +266,8 @@ def write(trainer: Trainer, options):
 
 def run(options) -> int:
     torch.set_num_threads(options.threads)
+    if options.device == "cuda":  # matrices that are composed in fp32 go on in bf16
+        torch.set_float32_matmul_precision("high")
     model = NestedModel(Artifact(options.artifact)).to(options.device)
     levels = levels_named(model.artifact, options.levels)
     work = pathlib.Path(options.work or f"{options.out}.training")

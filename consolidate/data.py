@@ -3,8 +3,6 @@ function of its number, so that a run that resumes reads on where it stopped wit
 
 import dataclasses
 import functools
-import math
-import os
 import pathlib
 import random
 
@@ -13,8 +11,7 @@ import torch
 
 HELD_OUT_SHARE = 0.05
 EVALUATION_BATCH = 4
-PROMPT_TOKENS = 4  # that a sampled text takes from a given one
-SAMPLED_WINDOWS = {"cpu": 16, "cuda": 2048}  # side by side
+PIECE = 1 << 20  # characters of a text that are encoded at a time
 
 
 class DataError(ValueError):
@@ -45,6 +42,21 @@ def _read(path) -> str:
     return text
 
 
+def _encode(text: str, tokenizer) -> torch.Tensor:
+    """The tokens of a text, piece by piece between lines: pieces are encoded side by side, and a
+    long text as one would take time by its square."""
+    lines = text.splitlines(keepends=True)
+    pieces, size = [[]], 0
+    for line in lines:
+        if size + len(line) > PIECE and pieces[-1]:
+            pieces.append([])
+            size = 0
+        pieces[-1].append(line)
+        size += len(line)
+    encodings = tokenizer.encode_batch(["".join(p) for p in pieces], add_special_tokens=False)
+    return torch.tensor([token for encoding in encodings for token in encoding.ids])
+
+
 class _Texts:
     """Several texts as lists of items, which take turns; the last twentieth of each is held out."""
 
@@ -66,8 +78,7 @@ class Windows(_Texts):
         encoded = {}  # a text may be named several times
         for path in paths:
             if path not in encoded:
-                encoding = tokenizer.encode(_read(path), add_special_tokens=False)
-                encoded[path] = torch.tensor(encoding.ids)
+                encoded[path] = _encode(_read(path), tokenizer)
             tokens = encoded[path]
             cut = len(tokens) - max(int(HELD_OUT_SHARE * len(tokens)), length)
             if cut < 2 * length:
@@ -159,31 +170,3 @@ class Sentences(_Texts):
     def held_out_text(self) -> str:
         """What is held out, of all texts."""
         return "\n".join(self._held_out_lines)
-
-
-@torch.no_grad()
-def sample_text(model, tokenizer, starts: Windows, tokens: int, path, batch=None, seed=1):
-    """Writes about `tokens` tokens of text that the full level makes up, by way of PATH.partial:
-    its own distribution, T = 1, from the first words of windows of `starts` on."""
-    batch = batch or SAMPLED_WINDOWS[model.device.type]
-    torch.manual_seed(seed)
-    model.set_level(model.full_level)
-    pieces = []
-    for number in range(math.ceil(tokens / (batch * starts.length))):
-        prompts = starts.batch(number, batch).tokens[:, :PROMPT_TOKENS].to(model.device)
-        with model.precision():
-            written = model.model.generate(
-                prompts,
-                attention_mask=torch.ones_like(prompts),
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                max_new_tokens=starts.length - PROMPT_TOKENS,
-                min_new_tokens=starts.length - PROMPT_TOKENS,
-                pad_token_id=0,
-            )
-        pieces.extend(tokenizer.decode(row) for row in written.tolist())
-    partial = f"{path}.partial"
-    pathlib.Path(partial).write_text("\n\n".join(pieces), encoding="utf-8")
-    os.replace(partial, path)

@@ -94,6 +94,7 @@ def save(path, artifact: Artifact, levels: list[int], terms: dict[str, tuple]):
         "source_sha256": artifact.sha256,
         "layers": json.dumps([layer.name for layer in artifact.layers], separators=(",", ":")),
         "levels": json.dumps(profiles, separators=(",", ":")),
+        "calibration": json.dumps(artifact.description["calibration"]),
     }
     partial = f"{path}.partial"
     save_file(tensors, partial, metadata)

@@ -356,10 +356,15 @@ class NestedModel(nn.Module):
     def hidden(self, tokens: torch.Tensor, mask=None) -> torch.Tensor:
         """Last hidden states [batch, length, hidden] of token ids [batch, length]; `mask`, of the
         same shape, is 0 where there is padding."""
-        base = self.model if self.is_encoder else self.model.base_model
-        options = {} if self.is_encoder else {"use_cache": False}
         with self.precision():
-            return base(input_ids=tokens, attention_mask=mask, **options).last_hidden_state.float()
+            if self.is_encoder:
+                return self.model(input_ids=tokens, attention_mask=mask).last_hidden_state.float()
+            embedded = self.model.get_input_embeddings()(tokens)
+            if torch.is_autocast_enabled(tokens.device.type):  # so is then what blocks add to
+                embedded = embedded.to(torch.get_autocast_dtype(tokens.device.type))
+            base = self.model.base_model
+            output = base(inputs_embeds=embedded, attention_mask=mask, use_cache=False)
+            return output.last_hidden_state.float()
 
     def embeddings(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """An encoder's sentence embeddings [batch, hidden] of norm 1, pooled as it says."""

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <fstream>
 #include <functional>
 #include <limits>
 #include <map>
@@ -242,6 +243,28 @@ bool Hold(const int8_t* codes, const uint16_t* scales, const FactorCodes& factor
          std::equal(factor.scales.begin(), factor.scales.end(), scales);
 }
 
+TEST_F(DeltaTest, AnotherCalibrationThanItsOwnIsNoted) {
+  DeltaFile file = ValidFile();
+  CompressOptions options = Options("nested");
+  options.delta = Path("terms.safetensors");
+  const auto notes = [&](const std::string& output) {
+    options.output = Path(output);
+    EXPECT_TRUE(file.Write(options.delta).ok());
+    const auto report = Compress(options);
+    EXPECT_TRUE(report.ok()) << report.status();
+    return report.ok() ? report->notes : std::vector<std::string>();
+  };
+  const auto is_of_another = testing::Contains(HasSubstr("beside factors of another calibration"));
+  EXPECT_THAT(notes("unstated"), testing::Not(is_of_another));
+  std::ifstream artifact(Path("unstated") + "/nested.json");
+  Json calibration = Json::parse(artifact)["calibration"];
+  file.metadata["calibration"] = calibration.dump(2);
+  EXPECT_THAT(notes("same"), testing::Not(is_of_another));
+  calibration["tokens"] = 7;
+  file.metadata["calibration"] = calibration.dump();
+  EXPECT_THAT(notes("other"), is_of_another);
+}
+
 TEST_F(DeltaTest, TermsComeFirstAtItsLevelsAndTheWeightsComponentsFollow) {
   const DeltaFile file = ValidFile();
   ASSERT_TRUE(file.Write(Path("terms.safetensors")).ok());
@@ -454,6 +477,8 @@ TEST_F(DeltaTest, WhatIsNoDeltaIsRefused) {
               HasSubstr("metadata format: absent, expected nestor-delta"));
   EXPECT_THAT(Refusal([](DeltaFile* file) { file->metadata["version"] = "1"; }),
               HasSubstr("metadata version: 1, expected 2"));
+  EXPECT_THAT(Refusal([](DeltaFile* file) { file->metadata["calibration"] = "fortunes"; }),
+              HasSubstr("metadata calibration: expected an object"));
   EXPECT_THAT(Refusal([](DeltaFile* file) { file->metadata["levels"] = "[[["; }),
               HasSubstr("metadata levels: expected a list"));
 }

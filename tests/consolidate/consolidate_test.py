@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import unittest
+from unittest import mock
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -24,7 +25,7 @@ except ImportError as error:
     print(f"skipped: {error}; see requirements-consolidate.txt")
     sys.exit(77)
 
-from consolidate import delta, evaluate
+from consolidate import data, delta, evaluate
 from consolidate.__main__ import UsageError, main, parse
 from consolidate.artifact import (
     Artifact,
@@ -32,8 +33,9 @@ from consolidate.artifact import (
     dequantise_factor,
     padded,
     quantise_factor,
+    read_metadata,
 )
-from consolidate.data import Batch, DataError, Sentences, Windows, load_tokenizer, sample_text
+from consolidate.data import Batch, DataError, Sentences, Windows, load_tokenizer
 from consolidate.nested import NestedModel
 from consolidate.objectives import (
     Embeddings,
@@ -44,6 +46,7 @@ from consolidate.objectives import (
 )
 from consolidate.profiles import SAMPLERS
 from consolidate.quality import Judge, spearman
+from consolidate.sampling import _begins, _Follow, _RoomyLayer, sample_text
 from consolidate.train import Diverged, Settings, Trainer, export_delta, learning_rate_at
 
 FIXTURE = sys.argv.pop(1) if len(sys.argv) > 1 else str(ROOT / "build/bin/consolidate_fixture")
@@ -365,6 +368,10 @@ class Delta(unittest.TestCase):
         add_random_delta(self.model)
         self.file = path("random.delta.safetensors")
         export_delta(self.model, self.levels, self.file)
+
+    def test_it_says_what_it_was_trained_beside(self):
+        stated = read_metadata(self.file)["calibration"]
+        self.assertEqual(json.loads(stated), self.model.artifact.description["calibration"])
 
     def test_compress_applies_it_as_it_was_trained(self):
         out = path("with_delta.nested")
@@ -746,13 +753,61 @@ class Sampling(unittest.TestCase):
         with self.assertRaisesRegex(DataError, "binary.txt"):
             Windows([binary], tokenizer, 32, 1)
 
+    def test_a_long_text_is_encoded_in_pieces(self):
+        tokenizer = load_tokenizer(path("llama", "nested"))
+        text = path("llama", "text.txt")
+        whole = Windows([text], tokenizer, 32, 1)
+        with mock.patch.object(data, "PIECE", 100):
+            pieces = Windows([text], tokenizer, 32, 1)
+        self.assertTrue(torch.equal(whole.texts[0], pieces.texts[0]))
+
     def test_the_full_level_writes_text(self):
         model = open_model()
-        tokenizer = load_tokenizer(model.artifact.directory)
-        starts = Windows([path("llama", "text.txt")], tokenizer, 32, 1)
+        starts = Windows([path("llama", "text.txt")], load_tokenizer(path("llama", "nested")), 32, 1)
         file = path("sampled.txt")
-        sample_text(model, tokenizer, starts, 256, file, batch=4)
-        self.assertGreater(len(file.read_text(errors="replace")), 100)
+        sample_text(model, starts, 32 * 7, file, batch=4)
+        pieces = file.read_text(errors="replace").split("\n\n")
+        self.assertGreaterEqual(len(pieces), 7)
+
+    def test_every_second_window_answers_a_question(self):
+        model = open_model()
+        directory = path("chat.nested")
+        shutil.copytree(model.artifact.directory, directory)
+        template = "<user>{{ messages[0]['content'] }}<assistant>"
+        (directory / "tokenizer_config.json").write_text(
+            json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template})
+        )
+        model.artifact.directory = directory
+        tokenizer = load_tokenizer(directory)
+        starts = Windows([path("llama", "text.txt")], tokenizer, 256, 1)
+        begins = _begins(model, starts, 5, 1)
+        words = starts.batch(0, 5).tokens[:, :4].tolist()
+        self.assertEqual([begins[i] for i in (0, 2, 4)], [words[i] for i in (0, 2, 4)])
+        asked = tokenizer.decode(begins[1], skip_special_tokens=False)
+        self.assertRegex(asked, "<user>.*[.?]<assistant>")
+        file = path("answered.txt")
+        sample_text(model, starts, 256 * 4, file, batch=4)
+        written = file.read_text(errors="replace")
+        self.assertEqual(written.count("<assistant>"), 1)  # the other answer stands alone
+
+    def test_rows_follow_what_they_begin_with(self):
+        follow = _Follow([[1, 2, 3], [1]], "cpu")
+        scores = torch.randn(2, 8)
+        held = follow(torch.ones(2, 1, dtype=torch.long), scores)
+        self.assertEqual(held[0].argmax().item(), 2)
+        self.assertEqual(held[0].isfinite().sum().item(), 1)
+        torch.testing.assert_close(held[1], scores[1] / follow._temperatures[1])
+        free = follow(torch.ones(2, 3, dtype=torch.long), scores)
+        torch.testing.assert_close(free, scores / follow._temperatures)
+
+    def test_a_roomy_cache_holds_what_was_put_into_it(self):
+        layer = _RoomyLayer(10)
+        states = [torch.randn(2, 3, 10, 4) for _ in range(2)]
+        for begin, end in ((0, 4), (4, 5), (5, 10)):
+            held = layer.update(*(whole[:, :, begin:end] for whole in states))
+            for found, whole in zip(held, states):
+                self.assertTrue(torch.equal(found, whole[:, :, :end]))
+            self.assertEqual(layer.get_seq_length(), end)
 
     def test_spearman_is_that_of_ranks(self):
         a = torch.tensor([0.1, 0.4, 0.2, 0.9])
