@@ -146,8 +146,7 @@ absl::Status CheckTensorsAreOfLayers(const TensorFile& file,
   return absl::OkStatus();
 }
 
-absl::StatusOr<Profile> ProfileFrom(const Json& json, const std::vector<LinearSpec>& layers,
-                                    const std::vector<FactorPair>& terms) {
+absl::StatusOr<Profile> ProfileFrom(const Json& json, const std::vector<LinearSpec>& layers) {
   const Json forms = json.is_object() ? json.value("forms", Json()) : Json();
   const Json ranks = json.is_object() ? json.value("ranks", Json()) : Json();
   for (const auto& [key, list] : {std::pair("forms", &forms), std::pair("ranks", &ranks)}) {
@@ -165,12 +164,11 @@ absl::StatusOr<Profile> ProfileFrom(const Json& json, const std::vector<LinearSp
       return absl::InvalidArgumentError(
           absl::StrCat("forms[", i, "]: ", forms[i].dump(), ", expected dense or prefix"));
     }
-    const int64_t least = std::max<int64_t>(1, terms[i].a.rank);
     const int64_t most = LargestPrefixRank(layers[i]);
-    if (!ranks[i].is_number_integer() || ranks[i] < least || ranks[i] > most) {
+    if (!ranks[i].is_number_integer() || ranks[i] < 1 || ranks[i] > most) {
       return absl::InvalidArgumentError(absl::StrCat("ranks[", i, "]: ", ranks[i].dump(), " of ",
-                                                     layers[i].name, ", expected a count from ",
-                                                     least, ", its term's, to ", most));
+                                                     layers[i].name,
+                                                     ", expected a count from 1 to ", most));
     }
     profile.push_back({Form::kPrefix, ranks[i].get<int64_t>()});
   }
@@ -208,7 +206,7 @@ absl::StatusOr<Delta> ReadDelta(const std::string& path, const std::string& sour
   NESTOR_ASSIGN_OR_RETURN(const Json levels, ListIn(*file, "levels"));
   if (levels.empty()) return DeltaError(path, "metadata levels: expected at least one");
   for (size_t i = 0; i < levels.size(); ++i) {
-    absl::StatusOr<Profile> profile = ProfileFrom(levels[i], layers, delta.terms);
+    absl::StatusOr<Profile> profile = ProfileFrom(levels[i], layers);
     if (!profile.ok()) {
       return DeltaError(path,
                         absl::StrCat("metadata levels[", i, "].", profile.status().message()));

@@ -15,7 +15,8 @@ namespace nestor {
 // What training adds to a prefix ladder (docs/ladders.md): of each layer a term U V in its own
 // input and output space, quantised, and the profiles of the levels that it was trained for. The
 // components of the term come before those of the layer's prefix factors, so that a level of rank
-// r runs the term and the first r - k components of the weight.
+// r runs the term and the first r - k components of the weight, or the first r of the term where it
+// has as many: then it is all that the level has of the layer.
 struct Delta {
   // Forms dense and prefix, of any rank that a gar pair may have; nested, cheapest first.
   std::vector<Profile> profiles;
@@ -27,7 +28,7 @@ struct Delta {
 
 // Reads a delta that consolidate/ wrote. `source_sha256` and `layers` are those of the checkpoint
 // that it is meant for. INVALID_ARGUMENT names the file, what does not fit (another checkpoint, a
-// tensor's type or shape, a scale that is not finite, a rank below that of the term) and what was
+// tensor's type or shape, a scale that is not finite, a rank that no pair has) and what was
 // expected.
 absl::StatusOr<Delta> ReadDelta(const std::string& path, const std::string& source_sha256,
                                 const std::vector<LinearSpec>& layers);

@@ -16,7 +16,7 @@ from consolidate.objectives import Embeddings, FlexRank, NestedSubspaces
 from consolidate.profiles import SAMPLERS
 from consolidate.quality import Judge
 from consolidate.sampling import sample_text
-from consolidate.train import Diverged, Settings, Trainer, export_delta
+from consolidate.train import Diverged, Settings, Trainer, export_delta, export_factors
 
 OBJECTIVES = {"flexrank": FlexRank, "nsn": NestedSubspaces, "embeddings": Embeddings}
 # Of what trains; a term starts at zero and has far to go.
@@ -44,7 +44,12 @@ def parse(arguments):
         help="plain text to train on, of an encoder one sentence a line; repeatable, texts take "
         "turns; the last twentieth of each is held out",
     )
-    add("--out", required=True, help="what to write: a delta file, or an artifact")
+    add(
+        "--out",
+        required=True,
+        help="what to write: a delta file, or an artifact; of --train factors a delta file where "
+        "it ends in .safetensors, which then holds all that the prefix ladder runs",
+    )
     add(
         "--work",
         help="directory of checkpoint, log and sampled text (default: OUT.training); a "
@@ -160,10 +165,17 @@ def check(options):
             f"--batch: {options.batch} is no multiple of --micro-batch x --workers, "
             f"{options.micro_batch} x {options.workers}"
         )
-    if options.train != "delta" and shutil.which(options.nestor) is None:
+    if options.train == "all" and writes_delta(options):
+        raise UsageError(f"--out: {options.out}: a delta holds no norms and biases, which --train "
+                         "all trains")
+    if not writes_delta(options) and shutil.which(options.nestor) is None:
         raise UsageError(f"--nestor: {options.nestor} is no program; it measures what is written")
     if pathlib.Path(options.out).is_dir():
         raise UsageError(f"--out: {options.out} exists already")
+
+
+def writes_delta(options) -> bool:
+    return options.train == "delta" or options.out.endswith(".safetensors")
 
 
 def ladder_of(artifact: Artifact) -> list[int]:
@@ -238,8 +250,9 @@ def objective_of(model: NestedModel, options, teacher, levels):
 
 def write(trainer: Trainer, options):
     model = trainer.model
-    if options.train == "delta":
-        export_delta(model, ladder_of(model.artifact), options.out)
+    if writes_delta(options):
+        export = export_delta if options.train == "delta" else export_factors
+        export(model, ladder_of(model.artifact), options.out)
         size = pathlib.Path(options.out).stat().st_size
         print(
             f"{options.out}: {size / 1e6:.2f} MB, trained for {trainer.step} steps; "

@@ -1,5 +1,5 @@
-"""The delta file: low-rank terms in the layers' own input and output spaces, and the profiles that
-they were trained for (docs/ladders.md)."""
+"""The delta file: low-rank terms in the layers' own input and output spaces, or whole factors in
+their place, and the profiles that they were trained for (docs/ladders.md)."""
 
 import json
 import os
@@ -69,14 +69,16 @@ def _balanced(a: torch.Tensor, bt: torch.Tensor):
     return ((qa @ vt.T) * root).T, ((qb @ u) * root).T
 
 
-def save(path, artifact: Artifact, levels: list[int], terms: dict[str, tuple]):
+def save(path, artifact: Artifact, levels: list[int], terms: dict[str, tuple], nested=False):
     """Writes the terms (a [k, in], bt [k, out] by layer name), quantised as factors are, by way of
-    PATH.partial."""
+    PATH.partial. Of `nested` ones a level may run a prefix; their components stay as they are."""
     tensors = {}
     for name, (a, bt) in terms.items():
         if a.shape[0] == 0:
             continue
-        a, bt = _balanced(a.detach().cpu(), bt.detach().cpu())
+        a, bt = a.detach().cpu(), bt.detach().cpu()
+        if not nested:
+            a, bt = _balanced(a, bt)
         for part, values in (("a", a), ("bt", bt)):
             stem = f"{name}.{part}"
             tensors[stem], tensors[f"{stem}_scales"] = quantise_factor(values)

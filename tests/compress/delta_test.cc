@@ -313,6 +313,32 @@ TEST_F(DeltaTest, TermsComeFirstAtItsLevelsAndTheWeightsComponentsFollow) {
   }
 }
 
+TEST_F(DeltaTest, ALevelMayRunAPartOfItsTerm) {
+  DeltaFile file = FileAtRanks({4, 9}, 0.1f);
+  std::mt19937_64 random(3);
+  for (const LinearSpec& layer : layers_) {
+    for (const auto& [part, size] : {std::pair(".a", layer.in), std::pair(".bt", layer.out)})
+      file.factors[layer.name + part] = RandomFactor(9, size, &random);
+  }
+  CompressOptions options = Options("nested");
+  options.delta = Path("terms.safetensors");
+  const Level level = CompressedLevel(file, options, 0);
+  auto model = NestedModel::Open(options.output);
+  ASSERT_TRUE(model.ok()) << model.status();
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    const LinearSpec& layer = layers_[i];
+    EXPECT_EQ(level.profile[i], (FormAndRank{Form::kPrefix, layer.out == 24 ? 1 : 4}));
+    std::vector<float> scratch;
+    const auto weights = (*model)->Weights(i, &scratch);
+    ASSERT_TRUE(weights.ok()) << weights.status();
+    // The cheapest level has nothing of the layer's own.
+    EXPECT_EQ(std::memcmp(weights->prefix.a, file.factors.at(layer.name + ".a").codes.data(),
+                          static_cast<size_t>(level.profile[i].rank * PaddedToGroup(layer.in))),
+              0)
+        << layer.name;
+  }
+}
+
 TEST_F(DeltaTest, ItsLevelsAreRead) {
   ASSERT_TRUE(ValidFile().Write(Path("terms.safetensors")).ok());
   const auto delta = ReadDelta(Path("terms.safetensors"), sha256_, layers_);
@@ -528,13 +554,13 @@ TEST_F(DeltaTest, LayersOfAnotherModelAreRefused) {
 }
 
 TEST_F(DeltaTest, LevelsThatDoNotFitAreRefused) {
-  EXPECT_THAT(Refusal([](DeltaFile* file) { SetInLevel(file, 0, "ranks", 2, 1); }),
-              AllOf(HasSubstr("levels[0].ranks[2]: 1"), HasSubstr("a count from 2")));
+  EXPECT_THAT(Refusal([](DeltaFile* file) { SetInLevel(file, 0, "ranks", 2, 0); }),
+              AllOf(HasSubstr("levels[0].ranks[2]: 0"), HasSubstr("a count from 1")));
   EXPECT_THAT(Refusal([](DeltaFile* file) { SetInLevel(file, 1, "ranks", 2, 4000); }),
               HasSubstr("levels[1].ranks[2]: 4000"));
   // Of 24 outputs nine tenths in steps of 4.
   EXPECT_THAT(Refusal([](DeltaFile* file) { SetInLevel(file, 1, "ranks", 2, 21); }),
-              AllOf(HasSubstr("levels[1].ranks[2]: 21"), HasSubstr("its term's, to 20")));
+              AllOf(HasSubstr("levels[1].ranks[2]: 21"), HasSubstr("a count from 1 to 20")));
   EXPECT_THAT(Refusal([](DeltaFile* file) { SetInLevel(file, 1, "forms", 2, "residual"); }),
               HasSubstr("levels[1].forms[2]: \"residual\", expected dense or prefix"));
   EXPECT_THAT(Refusal([](DeltaFile* file) { SetInLevel(file, 1, "ranks", 2, 4); }),

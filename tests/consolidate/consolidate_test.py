@@ -47,7 +47,7 @@ from consolidate.objectives import (
 from consolidate.profiles import SAMPLERS
 from consolidate.quality import Judge, spearman
 from consolidate.sampling import _begins, _Follow, _RoomyLayer, sample_text
-from consolidate.train import Diverged, Settings, Trainer, export_delta, learning_rate_at
+from consolidate.train import Diverged, Settings, Trainer, export_delta, export_factors, learning_rate_at
 
 FIXTURE = sys.argv.pop(1) if len(sys.argv) > 1 else str(ROOT / "build/bin/consolidate_fixture")
 TOKENS = [17, 3, 99, 64, 120, 5, 77, 31, 42, 8]
@@ -394,6 +394,30 @@ class Delta(unittest.TestCase):
             # The term is trained in floats, and in int8 in the file and in the artifact.
             self.assertLess((outputs[level] - trained).abs().max().item(), 0.03 * scale)
             self.assertGreater((plain[level] - trained).abs().max().item(), 0.1 * scale)
+
+    def test_factors_that_trained_are_all_that_a_level_runs(self):
+        model = open_model()
+        generator = torch.Generator().manual_seed(5)
+        for nested in model.nested:
+            for values in (nested.prefix_a, nested.prefix_bt):
+                noise = torch.randn(values.shape, generator=generator)
+                values.data *= 1 + 0.1 * noise
+        file = path("factors.delta.safetensors")
+        export_factors(model, self.levels, file)
+        out = path("with_factors.nested")
+        fixture("delta", path("llama"), file, out)
+        self.addCleanup(shutil.rmtree, out)
+        outputs = engine_outputs(out)
+        self.assertEqual(len(outputs), len(model.artifact.levels))
+        tokens = torch.tensor([TOKENS])
+        untrained = open_model()
+        for level in self.levels:
+            for each in (model, untrained):
+                each.set_level(level)
+            with torch.no_grad():
+                trained, plain = (each.logits(tokens).flatten() for each in (model, untrained))
+            error = (outputs[level] - trained).norm()
+            self.assertLess(error.item(), 0.2 * (plain - trained).norm().item(), f"level {level}")
 
     def test_gar_levels_are_read_as_the_engine_runs_them(self):
         out = path("gar.nested")
@@ -861,6 +885,7 @@ class CommandLine(unittest.TestCase):
             (["--steps", "0"], "--steps: must be positive; was 0"),
             (["--steps", "1", "--batch", "7"], "--batch: 7 is no multiple"),
             (["--steps", "1", "--train", "all", "--nestor", "/no/such"], "--nestor: /no/such"),
+            (["--steps", "1", "--train", "all", "--out", "x.safetensors"], "no norms and biases"),
         ):
             with self.assertRaisesRegex(UsageError, said):
                 parse(common + arguments)
