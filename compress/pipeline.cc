@@ -174,6 +174,7 @@ class Compression {
   std::vector<Profile> ProfilesOfDelta(const LadderPlan& ladder);
   // What nested.json says of it.
   Json CalibrationOrigin() const;
+  void NoteOtherCalibration();
   absl::StatusOr<std::vector<Level>> ChooseLevels();
   absl::Status CompareLosses(const std::vector<Level>& levels);
   absl::Status RefitPrefix(const std::vector<Level>& levels);
@@ -440,6 +441,7 @@ absl::Status Compression::Calibrate() {
                                     calibration_directory_, &report_.resumed_sequences);
   }
   NESTOR_ASSIGN_OR_RETURN(calibration_, std::move(calibration));
+  NoteOtherCalibration();
 
   report_.evaluation_tokens = MeasuredTokens(evaluation_);
   Progress progress("Evaluating the source", MeasuredTokens(evaluation_));
@@ -762,18 +764,20 @@ std::vector<int64_t> Compression::TargetsOf(const LadderPlan& ladder) const {
 Json Compression::CalibrationOrigin() const {
   return {{"text_sha256", corpus_.calibration_sha256},
           {"tokens", report_.calibration_tokens},
-          {"self_sampled_tokens", self_sample_tokens_}};
+          {"self_sampled_tokens", self_sample_tokens_},
+          {"refit_tokens", has_prefix() ? refit_tokens() : 0}};
+}
+
+void Compression::NoteOtherCalibration() {
+  const std::string own = CalibrationOrigin().dump();
+  if (!delta_.has_value() || delta_->calibration.empty() || delta_->calibration == own) return;
+  report_.notes.push_back(
+      absl::StrCat("the delta was trained beside factors of another calibration, ",
+                   delta_->calibration, ", where this one is ", own,
+                   ": its levels may be much worse than it was trained to make them"));
 }
 
 std::vector<Profile> Compression::ProfilesOfDelta(const LadderPlan& ladder) {
-  if (const std::string own = CalibrationOrigin().dump();
-      !delta_->calibration.empty() && delta_->calibration != own) {
-    report_.notes.push_back(
-        absl::StrCat("the delta was trained beside factors of another calibration, ",
-                     delta_->calibration, ", where this one is ", own,
-                     ": its levels may be much worse than it was trained to make "
-                     "them"));
-  }
   std::vector<Profile> profiles = delta_->profiles;
   int64_t num_dense = 0;
   for (size_t layer = 0; layer < source_->layers().size(); ++layer) {

@@ -80,8 +80,8 @@ def parse(arguments):
         type=int,
         default=0,
         metavar="TOKENS",
-        help="text that the full level writes itself, from first words of the texts on and in answer "
-        "to questions; one more to train on",
+        help="text that the full level writes itself, from first words of the texts on and in "
+        "answer to questions; one more to train on",
     )
     add("--delta-bytes", type=float, default=7.9e6, help="most that the terms may take")
     add(
@@ -166,8 +166,9 @@ def check(options):
             f"{options.micro_batch} x {options.workers}"
         )
     if options.train == "all" and writes_delta(options):
-        raise UsageError(f"--out: {options.out}: a delta holds no norms and biases, which --train "
-                         "all trains")
+        raise UsageError(
+            f"--out: {options.out}: a delta holds no norms and biases, which --train all trains"
+        )
     if not writes_delta(options) and shutil.which(options.nestor) is None:
         raise UsageError(f"--nestor: {options.nestor} is no program; it measures what is written")
     if pathlib.Path(options.out).is_dir():
@@ -279,7 +280,8 @@ def write(trainer: Trainer, options):
 
 def run(options) -> int:
     torch.set_num_threads(options.threads)
-    if options.device == "cuda":  # matrices that are composed in fp32 go on in bf16
+    if torch.device(options.device).type == "cuda":
+        # Matrices that are composed in fp32 go on in bf16.
         torch.set_float32_matmul_precision("high")
     model = NestedModel(Artifact(options.artifact)).to(options.device)
     levels = levels_named(model.artifact, options.levels)

@@ -69,15 +69,18 @@ def _balanced(a: torch.Tensor, bt: torch.Tensor):
     return ((qa @ vt.T) * root).T, ((qb @ u) * root).T
 
 
-def save(path, artifact: Artifact, levels: list[int], terms: dict[str, tuple], nested=False):
+def save(
+    path, artifact: Artifact, levels: list[int], terms: dict[str, tuple], keeps_components=False
+):
     """Writes the terms (a [k, in], bt [k, out] by layer name), quantised as factors are, by way of
-    PATH.partial. Of `nested` ones a level may run a prefix; their components stay as they are."""
+    PATH.partial. Terms that are whole factors, of which a level may run a prefix, keep their
+    components as they are."""
     tensors = {}
     for name, (a, bt) in terms.items():
         if a.shape[0] == 0:
             continue
         a, bt = a.detach().cpu(), bt.detach().cpu()
-        if not nested:
+        if not keeps_components:
             a, bt = _balanced(a, bt)
         for part, values in (("a", a), ("bt", bt)):
             stem = f"{name}.{part}"
@@ -96,8 +99,9 @@ def save(path, artifact: Artifact, levels: list[int], terms: dict[str, tuple], n
         "source_sha256": artifact.sha256,
         "layers": json.dumps([layer.name for layer in artifact.layers], separators=(",", ":")),
         "levels": json.dumps(profiles, separators=(",", ":")),
-        "calibration": json.dumps(artifact.description["calibration"]),
     }
+    if not keeps_components:  # whole factors leave nothing to those that are calibrated
+        metadata["calibration"] = json.dumps(artifact.description["calibration"])
     partial = f"{path}.partial"
     save_file(tensors, partial, metadata)
     os.replace(partial, path)

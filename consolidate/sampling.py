@@ -3,13 +3,15 @@
 import math
 import os
 import pathlib
+import sys
 
+import jinja2
 import torch
 import transformers
 from transformers.cache_utils import Cache, DynamicLayer
 
 from consolidate import prompts
-from consolidate.data import Windows, load_tokenizer
+from consolidate.data import DataError, Windows, load_tokenizer
 
 PROMPT_TOKENS = 4  # that a window takes from a given text
 TEMPERATURES = (0.6, 1.0)  # of windows, evenly between: from plain prose to odd words
@@ -30,7 +32,12 @@ class _RoomyLayer(DynamicLayer):
         states = (key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self._stores = [s.new_empty(*s.shape[:2], self._room, s.shape[3]) for s in states]
+            # Under autocast rotated keys are fp32, though attention takes them as it takes values.
+            dtype = value_states.dtype
+            self._stores = [
+                torch.empty(*s.shape[:2], self._room, s.shape[3], dtype=dtype, device=s.device)
+                for s in states
+            ]
         begin, self._filled = self._filled, self._filled + key_states.shape[2]
         for store, new in zip(self._stores, states):
             store[:, :, begin : self._filled] = new
@@ -62,28 +69,39 @@ class _Follow(transformers.LogitsProcessor):
 
 def questions(directory, count: int, seed: int) -> list[list[int]]:
     """Prompts that ask for text (prompts.messages) by the chat template in an artifact's directory,
-    up to where the answer begins; none where there is no template."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
-    if tokenizer.chat_template is None:
-        return []
-    texts = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True
-        )
-        for message in prompts.messages(count, seed)
-    ]
+    up to where the answer begins; none where there is no template. DataError where it fails."""
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+        if tokenizer.chat_template is None:
+            return []
+        texts = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True
+            )
+            for message in prompts.messages(count, seed)
+        ]
+    except (ImportError, ValueError, jinja2.TemplateError) as error:
+        raise DataError(f"{directory}: its tokenizer's chat template: {error}") from None
     encodings = load_tokenizer(directory).encode_batch(texts, add_special_tokens=False)
     return [encoding.ids for encoding in encodings]
 
 
 def _begins(model, starts: Windows, count: int, seed: int) -> list[list[int]]:
     """What `count` windows begin with: the first words of one of `starts` and a question, by turns;
-    words alone where the model answers none."""
+    words alone where the model answers none, or a question would fill half of the window."""
     begins = starts.batch(0, count).tokens[:, :PROMPT_TOKENS].tolist()
     asked = questions(model.artifact.directory, count // 2, seed)
-    for pair, question in enumerate(asked):
-        if len(question) < starts.length // 2:
-            begins[2 * pair + 1] = question
+    fitting = {
+        2 * pair + 1: question
+        for pair, question in enumerate(asked)
+        if len(question) < starts.length // 2
+    }
+    for number, question in fitting.items():
+        begins[number] = question
+    print(
+        f"sampling {count} windows of {starts.length} tokens: {len(fitting)} answer a question",
+        file=sys.stderr,
+    )
     return begins
 
 
@@ -94,10 +112,12 @@ def _windows_at_once(model, length: int) -> int:
     config = model.model.config
     heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cached = length * config.num_hidden_layers * 2 * heads * width * 2  # bytes of bf16
-    logits = 16 * config.vocab_size  # in fp32, and as much again where one is chosen
+    with model.precision():
+        item = 2 if torch.is_autocast_enabled(model.device.type) else 4
+    cached = length * config.num_hidden_layers * 2 * heads * width * item
+    logits = 4 * 4 * config.vocab_size  # four copies in fp32 where one is chosen
     free, _ = torch.cuda.mem_get_info(model.device)
-    return max(1, min(MOST_WINDOWS, free // 2 // (cached + logits)))
+    return max(2, min(MOST_WINDOWS, free // 2 // (cached + logits)))
 
 
 def _write(model, begins: list[list[int]], length: int) -> list[list[int]]:
@@ -114,6 +134,7 @@ def _write(model, begins: list[list[int]], length: int) -> list[list[int]]:
             top_p=1.0,
             max_length=length,
             pad_token_id=0,
+            use_cache=True,
             past_key_values=cache,
             logits_processor=transformers.LogitsProcessorList([_Follow(begins, model.device)]),
         )
@@ -123,12 +144,14 @@ def _write(model, begins: list[list[int]], length: int) -> list[list[int]]:
 @torch.no_grad()
 def sample_text(model, starts: Windows, tokens: int, path, batch=None, seed=1):
     """Writes about `tokens` tokens of text that the full level makes up, in windows of the length
-    of `starts`, by way of PATH.partial. Half of the windows go on from first words of `starts`, the
-    others answer questions; every second answer stands there without its question, as other prose
-    does."""
+    of `starts`, `batch` (even) of them at a time, by way of PATH.partial. Half of the windows go on
+    from first words of `starts`, the others answer questions; every second answer stands there
+    without its question, as other prose does."""
+    if starts.length <= PROMPT_TOKENS:
+        raise DataError(f"windows of {starts.length} tokens: expected more than {PROMPT_TOKENS}")
     tokenizer = load_tokenizer(model.artifact.directory)
     count = math.ceil(tokens / starts.length)
-    batch = min(count, batch or _windows_at_once(model, starts.length))
+    batch = (batch or _windows_at_once(model, starts.length)) // 2 * 2
     begins = _begins(model, starts, count, seed)
     torch.manual_seed(seed)
     model.set_level(model.full_level)
@@ -136,9 +159,10 @@ def sample_text(model, starts: Windows, tokens: int, path, batch=None, seed=1):
     pieces = []
     for first in range(0, count, batch):
         own = begins[first : first + batch]
-        for row, ids in enumerate(_write(model, own, starts.length)):
-            is_answer = len(own[row]) > PROMPT_TOKENS
-            without = len(own[row]) if is_answer and row % 4 == 3 else 0
+        for number, ids in enumerate(_write(model, own, starts.length), first):
+            begin = begins[number]
+            is_answer = len(begin) > PROMPT_TOKENS
+            without = len(begin) if is_answer and number % 4 == 3 else 0
             pieces.append(tokenizer.decode(ids[without:], skip_special_tokens=False))
     partial = f"{path}.partial"
     pathlib.Path(partial).write_text("\n\n".join(pieces), encoding="utf-8")

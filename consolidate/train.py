@@ -250,10 +250,10 @@ def export_delta(model, levels: list[int], path):
 
 
 def export_factors(model, levels: list[int], path):
-    """Writes the trained prefix factors of every layer, as far as `levels` run them, as a delta file
-    whose terms are all that these levels run."""
+    """Writes the trained prefix factors of every layer, as far as `levels` run them, as a delta
+    file whose terms are all that these levels run."""
     terms = {}
     for i, nested in enumerate(model.nested):
         rank = max(model.artifact.levels[level].ranks[i] for level in levels)  # dense: 0
         terms[nested.layer.name] = (nested.prefix_a[:rank], nested.prefix_bt[:rank])
-    delta.save(path, model.artifact, levels, terms, nested=True)
+    delta.save(path, model.artifact, levels, terms, keeps_components=True)

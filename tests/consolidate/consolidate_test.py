@@ -25,7 +25,7 @@ except ImportError as error:
     print(f"skipped: {error}; see requirements-consolidate.txt")
     sys.exit(77)
 
-from consolidate import data, delta, evaluate
+from consolidate import data, delta, evaluate, sampling
 from consolidate.__main__ import UsageError, main, parse
 from consolidate.artifact import (
     Artifact,
@@ -47,7 +47,14 @@ from consolidate.objectives import (
 from consolidate.profiles import SAMPLERS
 from consolidate.quality import Judge, spearman
 from consolidate.sampling import _begins, _Follow, _RoomyLayer, sample_text
-from consolidate.train import Diverged, Settings, Trainer, export_delta, export_factors, learning_rate_at
+from consolidate.train import (
+    Diverged,
+    Settings,
+    Trainer,
+    export_delta,
+    export_factors,
+    learning_rate_at,
+)
 
 FIXTURE = sys.argv.pop(1) if len(sys.argv) > 1 else str(ROOT / "build/bin/consolidate_fixture")
 TOKENS = [17, 3, 99, 64, 120, 5, 77, 31, 42, 8]
@@ -229,6 +236,26 @@ class Forward(unittest.TestCase):
         for value, tensor in zip(found, (x, nested.delta_a, nested.delta_bt)):
             torch.testing.assert_close(value, tensor.grad, rtol=1e-4, atol=1e-4)
 
+    def test_hidden_states_between_blocks_are_bf16_where_products_are(self):
+        model = open_model()
+        model.set_level(model.full_level)
+        tokens = torch.tensor([TOKENS])
+        seen = []
+        hook = model.model.base_model.layers[1].register_forward_pre_hook(
+            lambda _, inputs: seen.append(inputs[0].dtype)
+        )
+        self.addCleanup(hook.remove)
+        with torch.no_grad():
+            exact = model.hidden(tokens)
+            with mock.patch.object(
+                model, "precision", lambda: torch.autocast("cpu", torch.bfloat16)
+            ):
+                rounded = model.hidden(tokens)
+        self.assertEqual(seen, [torch.float32, torch.bfloat16])
+        error = (rounded - exact).norm() / exact.norm()
+        self.assertGreater(error.item(), 0)
+        self.assertLess(error.item(), 0.02)
+
 
 class Losses(unittest.TestCase):
     """Values and gradients."""
@@ -404,6 +431,7 @@ class Delta(unittest.TestCase):
                 values.data *= 1 + 0.1 * noise
         file = path("factors.delta.safetensors")
         export_factors(model, self.levels, file)
+        self.assertNotIn("calibration", read_metadata(file))
         out = path("with_factors.nested")
         fixture("delta", path("llama"), file, out)
         self.addCleanup(shutil.rmtree, out)
@@ -779,50 +807,73 @@ class Sampling(unittest.TestCase):
 
     def test_a_long_text_is_encoded_in_pieces(self):
         tokenizer = load_tokenizer(path("llama", "nested"))
+        counted = mock.Mock(wraps=tokenizer)
         text = path("llama", "text.txt")
         whole = Windows([text], tokenizer, 32, 1)
         with mock.patch.object(data, "PIECE", 100):
-            pieces = Windows([text], tokenizer, 32, 1)
+            pieces = Windows([text], counted, 32, 1)
+        self.assertGreater(len(counted.encode_batch.call_args.args[0]), 10)
         self.assertTrue(torch.equal(whole.texts[0], pieces.texts[0]))
 
     def test_the_full_level_writes_text(self):
         model = open_model()
-        starts = Windows([path("llama", "text.txt")], load_tokenizer(path("llama", "nested")), 32, 1)
+        model.model.generation_config.use_cache = False  # as some checkpoints say
+        tokenizer = load_tokenizer(model.artifact.directory)
+        starts = Windows([path("llama", "text.txt")], tokenizer, 32, 1)
+        written = sampling._write(model, _begins(model, starts, 3, 1), 32)
+        self.assertEqual([len(row) for row in written], [32] * 3)
+        self.assertEqual([row[:4] for row in written], starts.batch(0, 3).tokens[:, :4].tolist())
         file = path("sampled.txt")
         sample_text(model, starts, 32 * 7, file, batch=4)
-        pieces = file.read_text(errors="replace").split("\n\n")
-        self.assertGreaterEqual(len(pieces), 7)
+        self.assertGreater(len(file.read_text(errors="replace")), 100)
+        with self.assertRaisesRegex(DataError, "windows of 4 tokens: expected more than 4"):
+            sample_text(model, mock.Mock(length=4), 100, file)
 
     def test_every_second_window_answers_a_question(self):
         model = open_model()
         directory = path("chat.nested")
         shutil.copytree(model.artifact.directory, directory)
-        template = "<user>{{ messages[0]['content'] }}<assistant>"
-        (directory / "tokenizer_config.json").write_text(
-            json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template})
-        )
+        self.addCleanup(shutil.rmtree, directory)
+
+        def set_template(template):
+            (directory / "tokenizer_config.json").write_text(
+                json.dumps(
+                    {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template}
+                )
+            )
+
+        set_template("<user>{{ messages[0]['content'] }}<assistant>")
         model.artifact.directory = directory
         tokenizer = load_tokenizer(directory)
         starts = Windows([path("llama", "text.txt")], tokenizer, 256, 1)
-        begins = _begins(model, starts, 5, 1)
-        words = starts.batch(0, 5).tokens[:, :4].tolist()
-        self.assertEqual([begins[i] for i in (0, 2, 4)], [words[i] for i in (0, 2, 4)])
-        asked = tokenizer.decode(begins[1], skip_special_tokens=False)
-        self.assertRegex(asked, "<user>.*[.?]<assistant>")
+        begins = _begins(model, starts, 9, 1)
+        words = starts.batch(0, 9).tokens[:, :4].tolist()
+        self.assertEqual(begins[::2], words[::2])
+        for asked in begins[1::2]:
+            text = tokenizer.decode(asked, skip_special_tokens=False)
+            self.assertRegex(text, "<user>.*[.?]<assistant>")
+        # Two of four answers stand alone, whatever the rounds.
         file = path("answered.txt")
-        sample_text(model, starts, 256 * 4, file, batch=4)
-        written = file.read_text(errors="replace")
-        self.assertEqual(written.count("<assistant>"), 1)  # the other answer stands alone
+        for batch in (2, 3, 8):
+            with mock.patch.object(sampling, "_write", lambda _, begins, length: begins):
+                sample_text(model, starts, 256 * 9, file, batch=batch)
+            self.assertEqual(file.read_text(errors="replace").count("<assistant>"), 2)
+        self.assertEqual(_begins(model, mock.Mock(length=20, batch=starts.batch), 9, 1), words)
+        set_template("{{ raise_exception('no user') }}")
+        with self.assertRaisesRegex(DataError, "chat.nested: its tokenizer's chat template"):
+            _begins(model, starts, 9, 1)
 
     def test_rows_follow_what_they_begin_with(self):
-        follow = _Follow([[1, 2, 3], [1]], "cpu")
-        scores = torch.randn(2, 8)
-        held = follow(torch.ones(2, 1, dtype=torch.long), scores)
-        self.assertEqual(held[0].argmax().item(), 2)
-        self.assertEqual(held[0].isfinite().sum().item(), 1)
-        torch.testing.assert_close(held[1], scores[1] / follow._temperatures[1])
-        free = follow(torch.ones(2, 3, dtype=torch.long), scores)
-        torch.testing.assert_close(free, scores / follow._temperatures)
+        follow = _Follow([[1, 2, 3], [1], [1], [1, 2]], "cpu")
+        scores = torch.randn(4, 8)
+        temperatures = torch.tensor([[0.6], [0.6], [1.0], [1.0]])
+        held = follow(torch.ones(4, 1, dtype=torch.long), scores)
+        for row in (0, 3):
+            self.assertEqual(held[row].argmax().item(), 2)
+            self.assertEqual(held[row].isfinite().sum().item(), 1)
+        torch.testing.assert_close(held[1:3], (scores / temperatures)[1:3])
+        free = follow(torch.ones(4, 3, dtype=torch.long), scores)
+        torch.testing.assert_close(free, scores / temperatures)
 
     def test_a_roomy_cache_holds_what_was_put_into_it(self):
         layer = _RoomyLayer(10)
