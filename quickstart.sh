@@ -73,6 +73,7 @@ fetch() {
     model=$(.venv/bin/python scripts/fetch_model.py --hf-id "$hf_id")
   elif [[ -z $model && $demo == embed ]]; then
     model=$(.venv/bin/python scripts/fetch_model.py all-minilm-l6-v2)
+    delta=config/deltas/all-minilm-l6-v2.safetensors
   elif [[ -z $model ]]; then
     model=$(.venv/bin/python scripts/fetch_model.py smollm2-135m-instruct)
     delta=config/deltas/smollm2-135m-instruct.safetensors
@@ -86,6 +87,8 @@ compress() {
   if [[ $kind == encoder ]]; then
     arguments+=(--ladder prefix --levels 5 --calibration models/calibration_sentences.txt
       --evaluation models/evaluation_sentences.txt)
+    # Trained factors that are not above break-even, where gar pairs would save little.
+    [[ -z $delta ]] || arguments+=(--delta "$delta" --gar-levels none)
   else
     # Levels of fewer FLOPs need training, which our own choice of a model has had.
     local ladder=(--ladder residual)
