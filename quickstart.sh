@@ -85,10 +85,11 @@ fetch() {
 compress() {
   local arguments=(--dtype int8)
   if [[ $kind == encoder ]]; then
-    arguments+=(--ladder prefix --levels 5 --calibration models/calibration_sentences.txt
+    local levels=(--levels 5)
+    # Which names its levels; gar pairs would save little at their ranks.
+    [[ -z $delta ]] || levels=(--delta "$delta" --gar-levels none)
+    arguments+=(--ladder prefix "${levels[@]}" --calibration models/calibration_sentences.txt
       --evaluation models/evaluation_sentences.txt)
-    # Trained factors that are not above break-even, where gar pairs would save little.
-    [[ -z $delta ]] || arguments+=(--delta "$delta" --gar-levels none)
   else
     # Levels of fewer FLOPs need training, which our own choice of a model has had.
     local ladder=(--ladder residual)

@@ -15,8 +15,8 @@ namespace nestor {
 // What training adds to a prefix ladder (docs/ladders.md): of each layer a term U V in its own
 // input and output space, quantised, and the profiles of the levels that it was trained for. The
 // components of the term come before those of the layer's prefix factors, so that a level of rank
-// r runs the term and the first r - k components of the weight, or the first r of the term where it
-// has as many: then it is all that the level has of the layer.
+// r runs the term and the first r - k components of the weight. Where k is at least r the term is
+// whole factors: the level runs its first r components, and nothing of the weight's.
 struct Delta {
   // Forms dense and prefix, of any rank that a gar pair may have; nested, cheapest first.
   std::vector<Profile> profiles;

@@ -799,8 +799,7 @@ std::vector<Profile> Compression::ProfilesOfDelta(const LadderPlan& ladder) {
   if (num_dense > 0) {
     report_.notes.push_back(
         absl::StrFormat("at %d places of the delta's levels layers run dense: plain factors of "
-                        "their ranks cost more, and "
-                        "their levels have no gar pairs",
+                        "their ranks cost more, and their levels have no gar pairs",
                         num_dense));
   }
   return profiles;

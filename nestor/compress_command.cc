@@ -164,9 +164,10 @@ absl::Status RunCompress(const std::vector<std::string>& arguments) {
   flags.Add(
       "probe-tokens", &options.search.probe_tokens,
       "calibration tokens of a probe of a measured search; 1024, of an encoder 4096, unless given");
-  flags.Add("delta", &options.delta,
-            "trained terms of this checkpoint's prefix ladder, and its levels; a file that "
-            "nestor-consolidate wrote");
+  flags.Add(
+      "delta", &options.delta,
+      "trained terms or factors of this checkpoint's prefix ladder, and its levels; a file that "
+      "nestor-consolidate wrote");
   flags.Add("force", &options.overwrites, "replace OUT where it exists");
   flags.Add(
       "report", &draws_report,
