@@ -39,9 +39,10 @@ std::vector<LayerOption> LowerHull(std::vector<LayerOption> options) {
   return hull;
 }
 
-// The options of each layer, cheapest first.
+// The options of each layer that one rank for all may choose from, cheapest first.
 LayerOptions Sorted(LayerOptions options) {
   for (std::vector<LayerOption>& layer : options) {
+    std::erase_if(layer, [](const LayerOption& o) { return o.choice.form == Form::kMiddle; });
     NESTOR_CHECK(!layer.empty());
     std::sort(layer.begin(), layer.end(),
               [](const LayerOption& a, const LayerOption& b) { return a.cost < b.cost; });

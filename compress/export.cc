@@ -250,6 +250,11 @@ absl::Status AddLayer(const LinearSpec& spec, const LayerParts& parts, TensorSpi
       NESTOR_RETURN_IF_ERROR(
           spill->Add(name + ".fine", DType::kU8, shape, std::as_bytes(std::span(planes.fine))));
     }
+    if (parts.residual.has_value()) {
+      NESTOR_RETURN_IF_ERROR(spill->Add(name + ".middle", DType::kU8,
+                                        {planes.out, PaddedToGroup(planes.in) / 4},
+                                        std::as_bytes(std::span(planes.middle))));
+    }
     NESTOR_RETURN_IF_ERROR(spill->Add(name + ".scales", DType::kBf16,
                                       {planes.out, NumGroups(planes.in)},
                                       std::as_bytes(std::span(planes.scales))));
@@ -330,13 +335,14 @@ absl::Status CheckFinite(const NestedModel& source) {
 
 StoredRanks StoredRanksOf(const std::vector<Level>& levels, size_t num_layers) {
   StoredRanks ranks{std::vector<int64_t>(num_layers), std::vector<int64_t>(num_layers),
-                    std::vector<std::set<int64_t>>(num_layers)};
+                    std::vector<std::set<int64_t>>(num_layers), std::vector<bool>(num_layers)};
   for (const Level& level : levels) {
     for (size_t i = 0; i < num_layers; ++i) {
       const auto& [form, rank] = level.profile[i];
       if (form == Form::kResidual) ranks.residual[i] = std::max(ranks.residual[i], rank);
       if (form == Form::kPrefix) ranks.prefix[i] = std::max(ranks.prefix[i], rank);
       if (form == Form::kGar) ranks.gar[i].insert(rank);
+      if (form == Form::kMiddle) ranks.has_middle[i] = true;
     }
   }
   return ranks;
@@ -347,6 +353,7 @@ std::map<std::string, int64_t> KeptRows(const std::vector<LinearSpec>& layers,
                                         const std::vector<std::set<int64_t>>& added) {
   std::map<std::string, int64_t> rows;
   for (size_t i = 0; i < layers.size(); ++i) {
+    rows[layers[i].name + ".middle"] = ranks.has_middle[i] ? layers[i].out : 0;
     for (const char* part : {"a", "bt", "a_scales", "bt_scales"}) {
       rows[absl::StrCat(layers[i].name, ".residual.", part)] = ranks.residual[i];
       rows[absl::StrCat(layers[i].name, ".prefix.", part)] = ranks.prefix[i];

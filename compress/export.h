@@ -71,6 +71,7 @@ struct StoredRanks {
   std::vector<int64_t> residual;  // by layer
   std::vector<int64_t> prefix;
   std::vector<std::set<int64_t>> gar;
+  std::vector<bool> has_middle;
 };
 StoredRanks StoredRanksOf(const std::vector<Level>& levels, size_t num_layers);
 // `added` are the gar pairs in the spill.

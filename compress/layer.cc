@@ -55,6 +55,13 @@ absl::Status AddResidual(const LinearSpec& spec, std::span<const float> weights,
                                        .cost = bytes,
                                        .error = Share(tails[static_cast<size_t>(rank)], energy)});
   }
+  std::vector<float> below = DequantiseMiddle(*parts->planes);
+  for (size_t i = 0; i < below.size(); ++i) below[i] = weights[i] - below[i];
+  const FormAndRank middle = {Form::kMiddle, 0};
+  parts->residual_options.push_back(
+      {.choice = middle,
+       .cost = CostOf(spec, settings, middle).weight_bytes,
+       .error = Share(OutputEnergy(below, spec.out, spec.in, moment), energy)});
   parts->residual = QuantisePair(decomposition, spec.out, spec.in);
   return absl::OkStatus();
 }

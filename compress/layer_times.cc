@@ -25,6 +25,7 @@ struct Shape {
   int64_t residual_rank = std::numeric_limits<int64_t>::max();  // the least that is stored
   int64_t prefix_rank = std::numeric_limits<int64_t>::max();
   bool has_coarse_plane = true;
+  bool has_middle_plane = true;  // all of them
   std::vector<LinearId> layers;
 };
 
@@ -42,6 +43,7 @@ absl::StatusOr<Shapes> LoadShapes(const NestedModel& model, Backend* backend) {
     shape.residual_rank = std::min(shape.residual_rank, weights.residual.max_rank);
     shape.prefix_rank = std::min(shape.prefix_rank, weights.prefix.max_rank);
     shape.has_coarse_plane = weights.coarse != nullptr;
+    shape.has_middle_plane = shape.has_middle_plane && weights.middle != nullptr;
     NESTOR_ASSIGN_OR_RETURN(shape.layers.emplace_back(), backend->LoadLinear(weights));
   }
   return shapes;
@@ -72,6 +74,7 @@ std::vector<FormAndRank> TimedChoices(const Shape& shape) {
     }
   };
   if (shape.has_coarse_plane) add(Form::kResidual, 0, shape.residual_rank);
+  if (shape.has_middle_plane) choices.push_back({Form::kMiddle, 0});
   if (shape.prefix_rank > 0) {
     add(Form::kPrefix, std::max<int64_t>(1, shape.prefix_rank / kRanks), shape.prefix_rank);
   }

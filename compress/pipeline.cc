@@ -114,7 +114,7 @@ Json SpectraOf(const LinearSpec& layer, const LayerParts& parts) {
   for (const std::vector<LayerOption>* options : {&parts.residual_options, &parts.prefix_options}) {
     for (const LayerOption& option : *options) {
       Form form = option.choice.form;
-      if (form == Form::kDense) continue;
+      if (form == Form::kDense || form == Form::kMiddle) continue;
       if (form == Form::kGar) form = Form::kPrefix;  // the same function of the rank
       Json& spectrum = spectra[NameOf(form)];
       spectrum["ranks"].push_back(option.choice.rank);
@@ -590,11 +590,16 @@ absl::Status Compression::ProbeLayers() {
   std::vector<Probe> probes;
   Profile largest_residual(num_layers);
   Profile largest_prefix(num_layers);
+  Profile middle(num_layers);
   for (const LadderPlan& ladder : ladders_) {
     const std::vector<Probe> chosen = ChooseProbes(ladder.options, options_.search.probes);
     probes.insert(probes.end(), chosen.begin(), chosen.end());
     for (size_t layer = 0; layer < num_layers; ++layer) {
       for (const LayerOption& option : ladder.options[layer]) {
+        if (option.choice.form == Form::kMiddle) {
+          middle[layer] = option.choice;
+          continue;
+        }
         FormAndRank& largest =
             option.choice.form == Form::kPrefix ? largest_prefix[layer] : largest_residual[layer];
         if (option.choice.rank >= largest.rank) largest = option.choice;
@@ -603,7 +608,8 @@ absl::Status Compression::ProbeLayers() {
   }
   // Every rank that may be chosen, for the layers to be timed at.
   NESTOR_RETURN_IF_ERROR(WriteParts({Level{.ladder = "residual", .profile = largest_residual},
-                                     Level{.ladder = "prefix", .profile = largest_prefix}}));
+                                     Level{.ladder = "prefix", .profile = largest_prefix},
+                                     Level{.ladder = "residual", .profile = middle}}));
   NESTOR_ASSIGN_OR_RETURN(std::unique_ptr<NestedModel> model, NestedModel::Open(partial_));
   NESTOR_ASSIGN_OR_RETURN(layer_times_,
                           LayerTimes::Measure(*model, options_.make_backend, options_.search.rows));
@@ -691,9 +697,11 @@ LayerOptions Compression::OptionsOf(const LadderPlan& ladder, bool may_be_gar) c
     // Plain factors below the least rank of a gar pair may cost more than that pair, and above
     // break-even more than the dense layer.
     const auto is_beaten_by = [](const LayerOption& option, const LayerOption& other) {
+      const bool is_after_ranks =
+          option.choice.form == Form::kResidual && other.choice.form == Form::kMiddle;
       const bool is_larger = other.choice.form == option.choice.form
                                  ? other.choice.rank > option.choice.rank
-                                 : other.choice.form == Form::kDense;
+                                 : other.choice.form == Form::kDense || is_after_ranks;
       return is_larger && other.cost <= option.cost;
     };
     std::copy_if(options.begin(), options.end(), std::back_inserter(result[layer]),
@@ -898,6 +906,7 @@ absl::Status Compression::WriteDescription(const std::vector<Level>* levels) con
                       {"in", layer.in},
                       {"residual_rank", stored_ranks_.residual[i]},
                       {"prefix_rank", stored_ranks_.prefix[i]}});
+    if (stored_ranks_.has_middle[i]) layers.back()["middle_plane"] = true;
     if (!stored_ranks_.gar[i].empty()) layers.back()["gar_ranks"] = stored_ranks_.gar[i];
     if (float_activations_[i]) layers.back()["activations"] = "float";
   }

@@ -47,12 +47,15 @@ std::vector<double> RanksAimedAt(Form form, double least, double step, double la
 
 void AddProbes(size_t layer, std::vector<LayerOption> options, int64_t count,
                std::vector<Probe>* probes) {
-  if (options.empty()) return;
+  if (options.size() == 1) {
+    probes->push_back({.layer = layer, .choice = options[0].choice, .energy = options[0].error});
+  }
+  if (options.size() < 2) return;
   std::sort(options.begin(), options.end(), [](const LayerOption& a, const LayerOption& b) {
     return a.choice.rank < b.choice.rank;
   });
   const auto rank_of = [&](size_t i) { return static_cast<double>(options[i].choice.rank); };
-  const double step = options.size() > 1 ? rank_of(1) - rank_of(0) : 1;
+  const double step = rank_of(1) - rank_of(0);
   int64_t last = -1;
   for (const double rank :
        RanksAimedAt(options[0].choice.form, rank_of(0), step, rank_of(options.size() - 1), count)) {
@@ -88,7 +91,7 @@ double LossAt(const std::vector<Probe>& probes, double energy) {
 std::vector<Probe> ChooseProbes(const LayerOptions& options, int64_t count) {
   std::vector<Probe> probes;
   for (size_t layer = 0; layer < options.size(); ++layer) {
-    for (const Form form : {Form::kResidual, Form::kPrefix}) {
+    for (const Form form : {Form::kResidual, Form::kMiddle, Form::kPrefix}) {
       std::vector<LayerOption> of_form;
       std::copy_if(options[layer].begin(), options[layer].end(), std::back_inserter(of_form),
                    [&](const LayerOption& option) { return option.choice.form == form; });

@@ -19,15 +19,19 @@ constexpr float kSmallestHi = -8;
 constexpr float kLargestHi = 7;
 constexpr float kLargestLo = 7;
 // Codes that a group's extreme weight may get: beyond the outermost ones it is clipped.
-constexpr std::pair<float, float> kExtremeCodes[] = {{95, 149}, {-160, -103}};
+constexpr std::pair<float, float> kExtremeCodes[] = {{95, 125}, {-134, -103}};
 constexpr float kExtremeCodeStep = 3;
 // What the full level's error weighs beside the coarse plane's when a scale is chosen.
 constexpr float kFullErrorWeight = 16;
 // How far, in fine steps, a weight may be from the nearest of its full codes where error feedback
 // wants its coarse code to be the other neighbour.
-constexpr float kSlack = 3;
+constexpr float kSlack = 1;
 constexpr float kLargestFactorCode = 127;
 constexpr float kCoarseStep = 16;
+constexpr float kMiddleStep = 4;
+constexpr float kLargestMid = 3;
+constexpr float kMidOffset = 1.5;  // of the zero between its four codes
+constexpr float kLeastMidOfSmallestHi = 2;
 
 // Rounds to nearest, ties to even, for |value| < 2^22, in a form that vectorises.
 inline float Round(float value) {
@@ -56,6 +60,12 @@ float HiWithin(float weight, float wanted, float scale) {
 float LoBeside(float hi, float wanted, float scale) {
   const float least = std::max(kSmallestCode - kCoarseStep * hi, -kLargestLo - 1);
   return std::clamp(Round(wanted / scale), least, kLargestLo);
+}
+
+// The mid for `wanted`, beside `hi`: no code of the sum may be below the smallest either.
+float MidBeside(float hi, float wanted, float scale) {
+  const float least = hi == kSmallestHi ? kLeastMidOfSmallestHi : 0.0f;
+  return std::clamp(Round(wanted / (kMiddleStep * scale) + kMidOffset), least, kLargestMid);
 }
 
 // The value of largest magnitude, with its sign.
@@ -116,6 +126,10 @@ void StoreNibble(int64_t index, float code, std::vector<uint8_t>* plane) {
   pair = static_cast<uint8_t>((pair & (0xf0 >> shift)) | ((static_cast<int>(code) + 8) << shift));
 }
 
+int MidAt(const std::vector<uint8_t>& plane, int64_t index) {
+  return plane[static_cast<size_t>(index / 4)] >> (2 * (index % 4)) & 3;
+}
+
 // Replaces `values` [out, in] by what `round` makes of them, with feedback if there is any.
 template <typename Round>
 void RoundAll(std::vector<float>* values, int64_t out, int64_t in, const ErrorFeedback* feedback,
@@ -166,6 +180,7 @@ Planes QuantisePlanes(std::span<const float> weights, int64_t out, int64_t in,
                 .in = in,
                 .coarse = std::vector<uint8_t>(plane_bytes, kZeroPair),
                 .fine = std::vector<uint8_t>(plane_bytes, kZeroPair),
+                .middle = std::vector<uint8_t>(plane_bytes / 2),
                 .scales = std::vector<uint16_t>(static_cast<size_t>(out * groups))};
   for (int64_t i = 0; i < out; ++i) {
     for (int64_t g = 0; g < groups; ++g) {
@@ -190,6 +205,17 @@ Planes QuantisePlanes(std::span<const float> weights, int64_t out, int64_t in,
     return kCoarseStep * scale * hi;
   });
   for (size_t k = 0; k < values.size(); ++k) values[k] = weights[k] - values[k];
+  std::vector<float> left_out = values;
+  RoundAll(&left_out, out, in, feedback, [&](int64_t i, int64_t j, float wanted) {
+    const float scale = scale_at(i, j);
+    if (scale == 0) return 0.0f;
+    const int64_t index = i * padded + j;
+    const auto hi = static_cast<float>(NibbleAt(planes.coarse, index));
+    const float mid = MidBeside(hi, wanted, scale);
+    planes.middle[static_cast<size_t>(index / 4)] |=
+        static_cast<uint8_t>(static_cast<int>(mid) << (2 * (index % 4)));
+    return kMiddleStep * scale * (mid - kMidOffset);
+  });
   RoundAll(&values, out, in, feedback, [&](int64_t i, int64_t j, float wanted) {
     const float scale = scale_at(i, j);
     if (scale == 0) return 0.0f;
@@ -204,6 +230,13 @@ Planes QuantisePlanes(std::span<const float> weights, int64_t out, int64_t in,
 std::vector<float> DequantiseCoarse(const Planes& planes) {
   return Dequantise(planes, [&](int64_t index) {
     return kCoarseStep * static_cast<float>(NibbleAt(planes.coarse, index));
+  });
+}
+
+std::vector<float> DequantiseMiddle(const Planes& planes) {
+  return Dequantise(planes, [&](int64_t index) {
+    return kCoarseStep * static_cast<float>(NibbleAt(planes.coarse, index)) +
+           kMiddleStep * (static_cast<float>(MidAt(planes.middle, index)) - kMidOffset);
   });
 }
 

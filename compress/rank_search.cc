@@ -130,7 +130,7 @@ void RepairMonotony(LayerOptions* options) {
     for (const LayerOption& option : layer) {
       if (option.choice.form == Form::kDense) dense = option.error;
     }
-    for (const Form form : {Form::kResidual, Form::kPrefix}) {
+    for (const Form form : {Form::kMiddle, Form::kResidual, Form::kPrefix}) {
       double largest = dense;
       for (LayerOption* option : by_rank) {
         if (option->choice.form != form) continue;

@@ -63,6 +63,7 @@ const char* PartOf(const NestedModel& model, const std::string& tensor) {
   if (!model.is_artifact()) return "weights";
   constexpr std::pair<const char*, const char*> kParts[] = {{".coarse", "coarse planes"},
                                                             {".fine", "fine planes"},
+                                                            {".middle", "middle planes"},
                                                             {".scales", "scales of planes"},
                                                             {".dense", "bf16 weights"}};
   for (const auto& [suffix, part] : kParts) {

@@ -39,9 +39,11 @@ std::vector<LayerOption> ProbeOptions(const LayerOptions& options, int64_t rank_
       for (const LayerOption& option : layer) limit = std::max(limit, option.choice.rank);
       limit = std::llround(kPrefixProbeShare * static_cast<double>(limit));
     }
-    // Dense has rank 0 too, so it is taken only where there is nothing else.
+    // Dense and middle have rank 0 too, so they are taken only where there is nothing else.
     const auto distance = [&](const LayerOption& option) {
-      return std::pair(option.choice.form == Form::kDense, std::llabs(option.choice.rank - limit));
+      const Form form = option.choice.form;
+      return std::pair(form == Form::kDense || form == Form::kMiddle,
+                       std::llabs(option.choice.rank - limit));
     };
     probes.push_back(*std::min_element(
         layer.begin(), layer.end(),

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 GROUP = 32
-FORMS = ("dense", "residual", "prefix", "gar")
+FORMS = ("dense", "residual", "middle", "prefix", "gar")
 LARGEST_FACTOR_CODE = 127
 
 
@@ -138,6 +138,13 @@ class Artifact:
         """The coarse plane [out, in]."""
         return self._scaled(layer, 16 * _nibbles(self.tensors[f"{layer.name}.coarse"]))
 
+    def middle(self, layer: Layer) -> torch.Tensor:
+        """The coarse and the middle plane together [out, in]."""
+        packed = self.tensors[f"{layer.name}.middle"]
+        codes = torch.stack([packed >> shift & 3 for shift in (0, 2, 4, 6)], -1).flatten(1).float()
+        coarse = _nibbles(self.tensors[f"{layer.name}.coarse"])
+        return self._scaled(layer, 16 * coarse + 4 * codes - 6)
+
     def factors(self, layer: Layer, form: str) -> tuple[torch.Tensor, torch.Tensor]:
         """a [R, in] and bt [R, out] of a layer, R its stored rank (0 rows where it has none).
         ArtifactError for the prefix of a layer that is a gar pair on some level."""
@@ -149,6 +156,8 @@ class Artifact:
         """The matrix [out, in] that a form and a rank stand for."""
         if form == "dense":
             return self.dense(layer)
+        if form == "middle":
+            return self.middle(layer)
         if form == "gar":
             return self._gar(layer, rank)
         a, bt = self._pair(f"{layer.name}.{form}.", layer.in_, layer.out)
@@ -186,7 +195,7 @@ class Artifact:
     def others(self) -> dict[str, torch.Tensor]:
         """What the model reads beside its linear layers, by checkpoint name."""
         stems = {layer.name for layer in self.layers}
-        parts = (".dense", ".coarse", ".fine", ".scales", ".bias")
+        parts = (".dense", ".coarse", ".fine", ".middle", ".scales", ".bias")
 
         def is_part(name):
             stem = name.split(".residual.")[0].split(".prefix.")[0].split(".gar.")[0]

@@ -70,6 +70,8 @@ class NestedLinear(nn.Module):
         self.register_buffer("dense", artifact.dense(layer), persistent=False)
         if "residual" in forms:
             self.register_buffer("coarse", artifact.coarse(layer), persistent=False)
+        if "middle" in forms:
+            self.register_buffer("middle", artifact.middle(layer), persistent=False)
         for form in ("residual", "prefix"):
             a, bt = artifact.factors(layer, form)
             self.register_parameter(f"{form}_a", nn.Parameter(a, requires_grad=False))
@@ -133,8 +135,8 @@ class NestedLinear(nn.Module):
                 torch.addmm(product, self.delta_bt.T, self.delta_a, out=self._weight)
 
     def _compose(self):
-        if self.form == "dense":
-            matrix = self.dense
+        if self.form in ("dense", "middle"):
+            matrix = getattr(self, self.form)
         elif self._runs_delta:
             product = self._product(self.rank - self.delta_rank)
             matrix = torch.addmm(product, self.delta_bt.T, self.delta_a)
@@ -175,8 +177,8 @@ class NestedLinear(nn.Module):
     def forward(self, x):
         if self.composes:
             return F.linear(x, self._matrix, self.bias)
-        if self.form == "dense":
-            return F.linear(x, self.dense, self.bias)
+        if self.form in ("dense", "middle"):
+            return F.linear(x, getattr(self, self.form), self.bias)
         if self._runs_delta:
             return _DeltaLinear.apply(
                 x, self._weight, self.delta_bt, self.delta_a, self.bias, self._gathered

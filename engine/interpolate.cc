@@ -55,9 +55,9 @@ std::optional<Level> LevelBetween(const NestedModel& model, const Level& low, co
                 CostOn(ladder, low.cost);
   std::vector<std::vector<PricedChoice>> choices;
   for (size_t i = 0; i < model.layers().size(); ++i) {
-    choices.push_back(ChoicesBetween(model.layers()[i], model.dense_storage(), ladder,
-                                     low.profile[i], high.profile[i],
-                                     model.StoredRank(i, low.profile[i].form)));
+    choices.push_back(ChoicesBetween(
+        model.layers()[i], model.dense_storage(), ladder, low.profile[i], high.profile[i],
+        model.StoredRank(i, low.profile[i].form), model.HasMiddlePlane(i)));
     budget += choices.back().front().cost;
   }
   Level level;
@@ -166,26 +166,34 @@ double RelativeCostOnLadder(const Level& level) {
 
 std::vector<PricedChoice> ChoicesBetween(const LinearSpec& layer, DenseStorage dense,
                                          const std::string& ladder, const FormAndRank& low,
-                                         const FormAndRank& high, int64_t stored_rank) {
+                                         const FormAndRank& high, int64_t stored_rank,
+                                         bool has_middle) {
   NESTOR_CHECK(IsNested(low, high));
   const auto priced = [&](const FormAndRank& choice) {
     return PricedChoice{choice, CostOn(ladder, CostOfLinear(layer.out, layer.in, layer.has_bias,
                                                             dense, choice.form, choice.rank))};
   };
   std::vector<PricedChoice> choices = {priced(low)};
-  const bool ends_dense = high.form == Form::kDense;
-  const bool has_nested_ranks = low.form == Form::kResidual || low.form == Form::kPrefix;
-  if (!has_nested_ranks || (high.form != low.form && !ends_dense)) return choices;
-  const int64_t last_rank = ends_dense ? stored_rank : high.rank;
-  const PricedChoice last = priced(high);
-  for (int64_t rank = low.rank; rank < last_rank;) {
+  if (low.form == Form::kGar || low.form == Form::kDense) return choices;
+  const bool has_nested_ranks = low.form != Form::kMiddle;
+  // What follows the last rank: the middle plane, the dense weights, or both.
+  std::vector<PricedChoice> after;
+  if (low.form == Form::kResidual && has_middle && high.form == Form::kDense) {
+    after.push_back(priced({Form::kMiddle, 0}));
+  }
+  if (high.form == Form::kDense || high.form == Form::kMiddle) after.push_back(priced(high));
+  if (high.form != low.form && after.empty()) return choices;  // a pair above a prefix
+  const int64_t last_rank = after.empty() ? high.rank : stored_rank;
+  for (int64_t rank = low.rank; has_nested_ranks && rank < last_rank;) {
     rank = std::min((rank / kRankStep + 1) * kRankStep, last_rank);
     const PricedChoice next = priced({low.form, rank});
-    if (next.cost > choices.back().cost && (!ends_dense || next.cost < last.cost)) {
+    if (next.cost > choices.back().cost && (after.empty() || next.cost < after.front().cost)) {
       choices.push_back(next);
     }
   }
-  if (ends_dense && last.cost > choices.back().cost) choices.push_back(last);
+  for (const PricedChoice& next : after) {
+    if (next.cost > choices.back().cost) choices.push_back(next);
+  }
   return choices;
 }
 

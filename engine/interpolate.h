@@ -34,7 +34,8 @@ struct PricedChoice {
 // REQUIRES: IsNested(low, high).
 std::vector<PricedChoice> ChoicesBetween(const LinearSpec& layer, DenseStorage dense,
                                          const std::string& ladder, const FormAndRank& low,
-                                         const FormAndRank& high, int64_t stored_rank);
+                                         const FormAndRank& high, int64_t stored_rank,
+                                         bool has_middle = false);
 
 // One choice of each layer, together at most `budget`: every layer goes as far from its first
 // choice to its last as the others do, measured in cost, and what is then left of the budget goes

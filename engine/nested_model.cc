@@ -28,7 +28,8 @@ absl::Status DescriptionError(const std::string& directory, const std::string& w
 }
 
 std::optional<Form> FormNamed(const std::string& name) {
-  for (const Form form : {Form::kDense, Form::kResidual, Form::kPrefix, Form::kGar}) {
+  for (const Form form :
+       {Form::kDense, Form::kResidual, Form::kPrefix, Form::kGar, Form::kMiddle}) {
     if (name == NameOf(form)) return form;
   }
   return std::nullopt;
@@ -77,8 +78,9 @@ absl::StatusOr<Level> LevelFromJson(const Json& json) {
     const std::optional<Form> form =
         forms[i].is_string() ? FormNamed(forms[i].get<std::string>()) : std::nullopt;
     if (!form.has_value()) {
-      return absl::InvalidArgumentError(absl::StrCat("forms[", i, "]: ", forms[i].dump(),
-                                                     ", expected dense, residual, prefix or gar"));
+      return absl::InvalidArgumentError(
+          absl::StrCat("forms[", i, "]: ", forms[i].dump(),
+                       ", expected dense, residual, middle, prefix or gar"));
     }
     if (!ranks[i].is_number_integer() || ranks[i].get<int64_t>() < 0) {
       return absl::InvalidArgumentError(
@@ -152,14 +154,21 @@ const char* NameOf(Form form) {
       return "prefix";
     case Form::kGar:
       return "gar";
+    case Form::kMiddle:
+      return "middle";
   }
   return "unknown";
 }
 
 bool IsNested(const FormAndRank& low, const FormAndRank& high) {
   if (high.form == Form::kDense) return true;
-  const auto is_residual = [](const FormAndRank& layer) { return layer.form == Form::kResidual; };
-  return low.form != Form::kDense && is_residual(low) == is_residual(high) && low.rank <= high.rank;
+  if (low.form == Form::kDense) return false;
+  const auto has_plane = [](const FormAndRank& layer) {
+    return layer.form == Form::kResidual || layer.form == Form::kMiddle;
+  };
+  if (has_plane(low) != has_plane(high)) return false;
+  if (high.form == Form::kMiddle) return true;
+  return low.form != Form::kMiddle && low.rank <= high.rank;
 }
 
 LinearCost CostOfProfile(const ModelSpec& spec, const std::vector<LinearSpec>& layers,
@@ -228,6 +237,7 @@ absl::Status NestedModel::ReadCheckpoint() {
   prefix_ranks_.assign(layers_.size(), 0);
   gar_ranks_.assign(layers_.size(), {});
   float_activations_.assign(layers_.size(), false);
+  has_middle_.assign(layers_.size(), false);
   return SetLevels({Level{.ladder = "full", .profile = Profile(layers_.size())}});
 }
 
@@ -296,6 +306,7 @@ absl::Status NestedModel::ReadLayers() {
     }
     NESTOR_RETURN_IF_ERROR(ReadGarRanks(i, layer));
     NESTOR_RETURN_IF_ERROR(ReadActivations(i, layer));
+    NESTOR_RETURN_IF_ERROR(ReadMiddlePlane(i, layer));
   }
   return absl::OkStatus();
 }
@@ -327,6 +338,16 @@ absl::Status NestedModel::ReadActivations(size_t layer, const Json& json) {
                                  ", expected \"float\", or ", "no such key where int8 will do"));
   }
   float_activations_.push_back(activations == "float");
+  return absl::OkStatus();
+}
+
+absl::Status NestedModel::ReadMiddlePlane(size_t layer, const Json& json) {
+  const Json stated = json.value("middle_plane", Json(false));
+  if (!stated.is_boolean()) {
+    return DescriptionError(directory_, absl::StrCat("layers[", layer, "].middle_plane: ",
+                                                     stated.dump(), ", expected true or false"));
+  }
+  has_middle_.push_back(stated.get<bool>());
   return absl::OkStatus();
 }
 
@@ -496,6 +517,12 @@ absl::StatusOr<LinearWeights> NestedModel::Weights(size_t layer,
     weights.coarse = Pointer<uint8_t>(coarse);
     weights.scales = Pointer<uint16_t>(scales);
   }
+  if (has_middle_[layer]) {
+    NESTOR_ASSIGN_OR_RETURN(const TensorView middle,
+                            TypedTensor(*tensors_, spec.name + ".middle", DType::kU8,
+                                        {spec.out, PaddedToGroup(spec.in) / 4}));
+    weights.middle = Pointer<uint8_t>(middle);
+  }
   NESTOR_ASSIGN_OR_RETURN(weights.residual, Factors(layer, Form::kResidual));
   NESTOR_ASSIGN_OR_RETURN(weights.prefix, Factors(layer, Form::kPrefix));
   for (const int64_t rank : gar_ranks_[layer]) {
@@ -518,6 +545,9 @@ absl::Status NestedModel::CheckProfile(size_t level, const Profile& profile) con
     if (form == Form::kDense && rank != 0) return error(where + ", expected 0");
     if (form == Form::kResidual && !has_coarse_plane_) {
       return error(where + ", but the artifact has no coarse plane");
+    }
+    if (form == Form::kMiddle && !has_middle_[i]) {
+      return error(where + ", but no middle plane is stored");
     }
     if (form == Form::kGar) {
       if (std::count(gar_ranks_[i].begin(), gar_ranks_[i].end(), rank) == 0) {

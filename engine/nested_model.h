@@ -71,6 +71,7 @@ class NestedModel {
   DenseStorage dense_storage() const { return dense_storage_; }
   // Stored components of a layer; 0 where it has none of that form. REQUIRES: not kGar.
   int64_t StoredRank(size_t layer, Form form) const;
+  bool HasMiddlePlane(size_t layer) const { return has_middle_[layer]; }
   // Ranks of a layer's gar pairs, ascending.
   const std::vector<int64_t>& GarRanks(size_t layer) const { return gar_ranks_[layer]; }
   const nlohmann::json& description() const { return description_; }  // nested.json, or null
@@ -102,6 +103,7 @@ class NestedModel {
   absl::Status ReadLayers();
   absl::Status ReadGarRanks(size_t layer, const nlohmann::json& json);
   absl::Status ReadActivations(size_t layer, const nlohmann::json& json);
+  absl::Status ReadMiddlePlane(size_t layer, const nlohmann::json& json);
   absl::Status ReadLevels();
   absl::Status VerifyTensors() const;
   absl::Status ReadCheckpoint();
@@ -122,6 +124,7 @@ class NestedModel {
   std::vector<int64_t> prefix_ranks_;
   std::vector<std::vector<int64_t>> gar_ranks_;
   std::vector<bool> float_activations_;
+  std::vector<bool> has_middle_;
   nlohmann::json description_;
   std::unique_ptr<TensorFile> tensors_;
 };
@@ -133,7 +136,7 @@ LinearCost CostOfProfile(const ModelSpec& spec, const std::vector<LinearSpec>& l
 
 // `levels` of nested.json (docs/artifact_format.md).
 nlohmann::json LevelsToJson(const std::vector<Level>& levels);
-// "dense", "residual", "prefix", "gar".
+// "dense", "residual", "prefix", "gar", "middle".
 const char* NameOf(Form form);
 
 }  // namespace nestor

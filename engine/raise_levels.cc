@@ -6,16 +6,21 @@ namespace nestor {
 namespace {
 
 // Bytes of one layer for rows in the forms and up to the ranks given; -1 is none.
-int64_t BytesOfLayer(const LinearSpec& layer, DenseStorage dense, bool has_dense,
+int64_t BytesOfLayer(const LinearSpec& layer, DenseStorage dense, bool has_dense, bool has_middle,
                      int64_t residual_rank, int64_t prefix_rank) {
   const auto bytes = [&](Form form, int64_t rank) {
     return CostOfLinear(layer.out, layer.in, /*has_bias=*/false, dense, form, rank).weight_bytes;
   };
   int64_t total = has_dense ? bytes(Form::kDense, 0) : 0;
+  // The coarse plane and its scales are part of all of these forms, but of dense ones in bf16.
+  bool has_coarse = has_dense && dense == DenseStorage::kPlanes;
+  const int64_t coarse = bytes(Form::kResidual, 0);
+  if (has_middle) {
+    total += bytes(Form::kMiddle, 0) - (has_coarse ? coarse : 0);
+    has_coarse = true;
+  }
   if (residual_rank >= 0) {
-    total += bytes(Form::kResidual, residual_rank);
-    // The coarse plane and its scales are part of the dense form.
-    if (has_dense && dense == DenseStorage::kPlanes) total -= bytes(Form::kResidual, 0);
+    total += bytes(Form::kResidual, residual_rank) - (has_coarse ? coarse : 0);
   }
   if (prefix_rank >= 0) total += bytes(Form::kPrefix, prefix_rank);
   return total;
@@ -38,7 +43,7 @@ LevelRaiser::LevelRaiser(const std::vector<LinearSpec>* layers, const std::vecto
       const auto out = static_cast<double>(layers_[i].out);
       const auto in = static_cast<double>(layers_[i].in);
       const auto& [form, rank] = level.profile[i];
-      if (form == Form::kDense) work.dense += 2 * out * in;
+      if (form == Form::kDense || form == Form::kMiddle) work.dense += 2 * out * in;
       if (form == Form::kResidual) work.coarse += 2 * out * in;
       const double pivots = form == Form::kGar ? static_cast<double>(rank) : 0;
       work.factors += 2 * static_cast<double>(rank) * (out + in - pivots);
@@ -56,6 +61,7 @@ int64_t LevelRaiser::BytesOf(LevelSet levels) {
   const auto has = [&](size_t level) { return (levels & SetOf(static_cast<int>(level))) != 0; };
   for (size_t layer = 0; layer < layers_.size(); ++layer) {
     bool has_dense = false;
+    bool has_middle = false;
     int64_t residual_rank = -1;
     int64_t prefix_rank = -1;
     for (size_t level = 0; level < levels_.size(); ++level) {
@@ -63,6 +69,7 @@ int64_t LevelRaiser::BytesOf(LevelSet levels) {
       const FormAndRank& choice = levels_[level].profile[layer];
       const auto& [form, rank] = choice;
       has_dense = has_dense || form == Form::kDense;
+      has_middle = has_middle || form == Form::kMiddle;
       if (form == Form::kResidual) residual_rank = std::max(residual_rank, rank);
       if (form == Form::kPrefix) prefix_rank = std::max(prefix_rank, rank);
       if (form != Form::kGar) continue;
@@ -71,7 +78,8 @@ int64_t LevelRaiser::BytesOf(LevelSet levels) {
         was_counted = was_counted || (has(other) && levels_[other].profile[layer] == choice);
       if (!was_counted) total += BytesOfGar(layers_[layer], rank);
     }
-    total += BytesOfLayer(layers_[layer], dense_, has_dense, residual_rank, prefix_rank);
+    total +=
+        BytesOfLayer(layers_[layer], dense_, has_dense, has_middle, residual_rank, prefix_rank);
   }
   known = {levels, total};
   return total;

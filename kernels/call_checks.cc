@@ -68,6 +68,8 @@ absl::Status ValidateLinearWeights(const LinearWeights& weights) {
     return LayerError(weights, "has a coarse plane but no scales");
   if (weights.coarse != nullptr && weights.dense_f32 != nullptr)
     return LayerError(weights, "has a coarse plane beside fp32 weights");
+  if (weights.middle != nullptr && weights.coarse == nullptr)
+    return LayerError(weights, "has a middle plane but no coarse one");
   if (weights.residual.max_rank > 0 && weights.coarse == nullptr)
     return LayerError(weights, "has residual factors but no coarse plane");
   NESTOR_RETURN_IF_ERROR(ValidateFactors(weights, weights.residual, "residual"));
@@ -87,6 +89,7 @@ void CheckLinearPart(const LinearCall& call, const LinearPart& part, const Linea
       NESTOR_CHECK(shape.has_coarse && group.rank <= shape.residual_rank);
     if (group.form == Form::kPrefix) NESTOR_CHECK(group.rank <= shape.prefix_rank);
     if (group.form == Form::kGar) NESTOR_CHECK(group.rank > 0);
+    if (group.form == Form::kMiddle) NESTOR_CHECK(shape.has_middle && group.rank == 0);
   }
   NESTOR_CHECK(row == call.rows);
 }

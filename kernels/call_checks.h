@@ -9,8 +9,8 @@ namespace nestor {
 // What every backend verifies before it trusts a layer or a call. Pure functions.
 
 // INVALID_ARGUMENT names the layer and what does not fit: no dense form or several, planes without
-// scales, a residual without a coarse plane, factors without codes, gar pairs of equal ranks or
-// whose rows are no permutation.
+// scales, a residual or a middle plane without a coarse one, factors without codes, gar pairs of
+// equal ranks or whose rows are no permutation.
 absl::Status ValidateLinearWeights(const LinearWeights& weights);
 
 // How many planes, ranks and sizes a loaded layer has: what its groups may ask for.
@@ -18,6 +18,7 @@ struct LinearShape {
   int64_t out = 0;
   int64_t in = 0;
   bool has_coarse = false;
+  bool has_middle = false;
   int64_t residual_rank = 0;
   int64_t prefix_rank = 0;
 };

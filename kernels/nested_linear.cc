@@ -33,6 +33,10 @@ LinearCost CostOfLinear(int64_t out, int64_t in, bool has_bias, DenseStorage den
       cost.flops += 2 * out * in + 2 * rank * (out + in);
       cost.weight_bytes += BytesOfPlane(out, in) + scale_bytes + BytesOfFactors(out, in, rank);
       break;
+    case Form::kMiddle:
+      cost.flops += 2 * out * in;
+      cost.weight_bytes += BytesOfPlane(out, in) + BytesOfPlane(out, in) / 2 + scale_bytes;
+      break;
     case Form::kPrefix:
       cost.flops += 2 * rank * (out + in);
       cost.weight_bytes += BytesOfFactors(out, in, rank);

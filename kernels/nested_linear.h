@@ -19,9 +19,10 @@ constexpr int64_t PaddedToGroup(int64_t size) { return NumGroups(size) * kGroupS
 //   kDense     P = W: bf16 (or fp32 from a source checkpoint), or both planes
 //   kResidual  P = coarse plane, B A = the first `rank` components of what it leaves out
 //   kPrefix    P = 0, B A = the first `rank` components of W itself
+//   kMiddle    P = coarse and middle planes, 6 bits a weight; its rank is 0
 //   kGar       the same function as a prefix of that rank, in its cheapest gauge: z = A x are
 //              `rank` of the outputs themselves, and B z the others (FlexRank, arXiv 2602.02680)
-enum class Form : uint8_t { kDense, kResidual, kPrefix, kGar };
+enum class Form : uint8_t { kDense, kResidual, kPrefix, kGar, kMiddle };
 
 // A pair of nested int8 factors in host memory. Any rank r <= max_rank is the first r rows of `a`
 // and of `bt`: (B_r A_r)[i][j] = sum over k < r of bt[k][i] * a[k][j], each code times its scale.
@@ -51,6 +52,12 @@ struct GarView {
 // bf16 scale s, of either sign, for 32 inputs of one output; hi in [-8, 7], lo in [-8, 7]. Then
 // coarse = 16 s hi, coarse + fine = s (16 hi + lo). Two codes share a byte, input 2j in the low
 // nibble; stored as hi + 8 and lo + 8, so padding is 8.
+//
+// The middle plane refines the coarse one on its own, for levels between the two and the full one:
+// coarse + middle = s (16 hi + 4 mid - 6), mid in [0, 3], and at least 2 beside a
+// hi of -8, so that the sum is no less than -128 either. Four codes share a byte, input 4j + i in
+// bits 2i and 2i + 1. It repeats what the fine plane knows, so that the full level need not put
+// its codes together from three planes.
 struct LinearWeights {
   std::string name;
   int64_t out = 0;
@@ -59,6 +66,7 @@ struct LinearWeights {
   const uint16_t* dense_bf16 = nullptr;  // [out, in]
   const uint8_t* coarse = nullptr;       // [out, PaddedToGroup(in) / 2]
   const uint8_t* fine = nullptr;         // [out, PaddedToGroup(in) / 2]
+  const uint8_t* middle = nullptr;       // [out, PaddedToGroup(in) / 4], beside `coarse`; or none
   const uint16_t* scales = nullptr;      // bf16 [out, NumGroups(in)]
   FactorView residual;
   FactorView prefix;

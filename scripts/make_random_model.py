@@ -110,14 +110,15 @@ class Layer:
 
     def ranks(self):
         """Of every level but the full one: (ladder, form, rank)."""
-        levels = [("residual", ranks[self.is_head]) for ranks in RESIDUAL_RANKS]
-        return levels + [("prefix", self.prefix_rank(share)) for share in PREFIX_SHARES]
+        levels = [("residual", "residual", ranks[self.is_head]) for ranks in RESIDUAL_RANKS]
+        levels.append(("residual", "middle", 0))
+        return levels + [("prefix", "prefix", self.prefix_rank(share)) for share in PREFIX_SHARES]
 
     def cost(self, form, rank):
         """Bytes and FLOPs of one token, as CostOfLinear in kernels/nested_linear.cc states them."""
-        planes = {"dense": 2, "residual": 1, "prefix": 0}[form]
+        planes = {"dense": 2, "middle": 1.5, "residual": 1, "prefix": 0}[form]
         weights = self.out * self.inputs
-        size = planes * weights // 2 + (planes > 0) * weights // GROUP * 2
+        size = int(planes * weights) // 2 + (planes > 0) * weights // GROUP * 2
         size += rank * (self.inputs + self.out) * (GROUP + 2) // GROUP
         flops = 2 * weights * (planes > 0) + 2 * rank * (self.out + self.inputs)
         return np.array([size, flops])
@@ -172,14 +173,17 @@ def pack(codes):
 
 
 def quantise(weight):
-    """Coarse plane, fine plane and scales of a weight, [out, in]."""
+    """Coarse, middle and fine plane and scales of a weight, [out, in]."""
     groups = weight.reshape(len(weight), -1, GROUP)
     scales = np.abs(groups).max(axis=2) / np.float32(LARGEST_CODE)
     # Rounded up, so that no code is larger.
     scales = ((scales.view(np.uint32) + 0xFFFF) >> 16).astype(np.uint16)
     codes = np.rint(groups / from_bf16(scales)[:, :, None]).astype(np.int8).reshape(weight.shape)
     high = (codes + 8) >> 4
-    return pack(high), pack(codes - 16 * high), scales
+    low = codes - 16 * high
+    middle = (low + 8).view(np.uint8) >> 2
+    middle = sum(middle[:, i::4] << 2 * i for i in range(4)).astype(np.uint8)
+    return pack(high), middle, pack(low), scales
 
 
 def add_factors(file, seed, layer, form, rank, size):
@@ -198,8 +202,9 @@ def add_factors(file, seed, layer, form, rank, size):
 
 
 def add_layer(file, seed, layer):
-    coarse, fine, scales = quantise(from_bf16(random_weight(seed, layer)))
+    coarse, middle, fine, scales = quantise(from_bf16(random_weight(seed, layer)))
     file.add(layer.name + ".coarse", "U8", coarse)
+    file.add(layer.name + ".middle", "U8", middle)
     file.add(layer.name + ".fine", "U8", fine)
     file.add(layer.name + ".scales", "BF16", scales)
     for form, size in [("residual", RESIDUAL_SIZE), ("prefix", 1)]:
@@ -208,7 +213,7 @@ def add_layer(file, seed, layer):
 
 
 def stored_rank(layer, form):
-    return max(rank for ladder, rank in layer.ranks() if ladder == form)
+    return max(rank for _, other, rank in layer.ranks() if other == form)
 
 
 def add_other_tensors(file, seed, config):
@@ -227,7 +232,7 @@ def levels_of(layers, config):
     attention = 4 * ATTENTION_CONTEXT * config["num_hidden_layers"]
     attention *= config["num_attention_heads"] * config["head_dim"]
     profiles = [
-        (layers[0].ranks()[i][0], [layer.ranks()[i] for layer in layers])
+        (layers[0].ranks()[i][0], [layer.ranks()[i][1:] for layer in layers])
         for i in range(len(layers[0].ranks()))
     ]
     profiles.append(("full", [("dense", 0)] * len(layers)))
@@ -281,6 +286,7 @@ def write_artifact(directory, seed, config, layers, name):
                 "in": layer.inputs,
                 "residual_rank": stored_rank(layer, "residual"),
                 "prefix_rank": stored_rank(layer, "prefix"),
+                "middle_plane": True,
             }
             for layer in layers
         ],

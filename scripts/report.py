@@ -220,21 +220,23 @@ def draw_level_ranks(axis, report, level, roles, blocks, highest):
     head = None
     for layer, form, rank in zip(report["layers"], level["forms"], level["ranks"]):
         if layer["block"] < 0:
-            head = "dense" if form == "dense" else f"{rank}"
+            head = form if form in ("dense", "middle") else f"{rank}"
         elif form != "dense":
-            grid[layer["block"]][roles.index(layer["role"])] = rank
+            value = float("inf") if form == "middle" else rank
+            grid[layer["block"]][roles.index(layer["role"])] = value
     cmap = plt.get_cmap("viridis").copy()
     cmap.set_bad("0.82")  # dense
+    cmap.set_over("#e8a87c")  # the middle plane
     image = axis.imshow(grid, aspect="auto", cmap=cmap, vmin=0, vmax=highest)
     if blocks * len(roles) <= 100:
         for block, row in enumerate(grid):
             for column, value in enumerate(row):
-                is_dense = value != value
+                is_dense, is_middle = value != value, value == float("inf")
                 shade = "black" if value > 0.6 * highest else "white"
                 axis.text(
                     column,
                     block,
-                    "d" if is_dense else f"{value:.0f}",
+                    "d" if is_dense else "m" if is_middle else f"{value:.0f}",
                     ha="center",
                     va="center",
                     fontsize=7,
@@ -286,7 +288,9 @@ def draw_ranks(report):
             if index % columns == 0:
                 axis.set_ylabel("block")
         bar = part.colorbar(image, ax=axes, shrink=0.8, pad=0.01, aspect=30)
-        bar.set_label("rank (grey: dense)", fontsize=8.5)
+        has_middle = any("middle" in level["forms"] for level in levels)
+        others = "grey: dense, orange: middle plane" if has_middle else "grey: dense"
+        bar.set_label(f"rank ({others})", fontsize=8.5)
         part.suptitle(f"{ladder} ladder", x=0.01, ha="left", fontsize=11)
     return figure
 

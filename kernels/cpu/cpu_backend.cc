@@ -128,6 +128,7 @@ absl::StatusOr<LinearId> CpuBackend::LoadLinear(const LinearWeights& weights) {
                                                             std::string(layer.status().message())));
   }
   linears_.push_back(*layer);
+  linear_.PrepareFor(linears_.back());
   return static_cast<LinearId>(linears_.size() - 1);
 }
 

@@ -13,6 +13,7 @@
 #include "kernels/cpu/gemm_tiles_avx2.h"
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/kernels_avx2_int8.h"
+#include "kernels/cpu/middle_plane.h"
 
 namespace nestor {
 namespace {
@@ -727,6 +728,7 @@ CpuKernels MakeKernels() {
   CpuKernels kernels = {.instruction_set = CpuInstructionSet::kAvx2,
                         .quantise = Quantise,
                         .planes = Planes,
+                        .fine_from_middle = FineFromMiddle,
                         .factor_a = FactorA,
                         .factor_b = FactorB,
                         .bf16_panel = Bf16Panel,

@@ -14,6 +14,7 @@
 #include "kernels/cpu/gemm_tiles_avx512.h"
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/kernels_avx512_elementwise.h"
+#include "kernels/cpu/middle_plane.h"
 #include "kernels/cpu/transpose_words_avx2.h"
 
 namespace nestor {
@@ -594,6 +595,7 @@ CpuKernels MakeKernels() {
   kernels.quantise = Quantise;
   kernels.quantise_groups = QuantiseGroups;
   kernels.planes = Planes;
+  kernels.fine_from_middle = FineFromMiddle;
   kernels.factor_a = FactorA;
   kernels.factor_b = FactorB;
   kernels.bf16_panel = Bf16Panel;

@@ -8,6 +8,7 @@
 
 #include "base/bfloat16.h"
 #include "kernels/cpu/kernels.h"
+#include "kernels/cpu/middle_plane.h"
 #include "kernels/nested_linear.h"
 
 namespace nestor {
@@ -263,6 +264,7 @@ const CpuKernels& PortableKernels() {
   static constexpr CpuKernels kKernels = {.instruction_set = CpuInstructionSet::kPortable,
                                           .quantise = Quantise,
                                           .planes = Planes,
+                                          .fine_from_middle = FineFromMiddle,
                                           .factor_a = FactorA,
                                           .factor_b = FactorB,
                                           .bf16_panel = Bf16Panel,

@@ -67,6 +67,11 @@ float* LinearRunner::OutputRow(const LinearPart& part, int64_t row) {
   return static_cast<float*>(part.out.data) + row * part.out.cols;
 }
 
+void LinearRunner::PrepareFor(const PackedLinear& layer) {
+  if (layer.middle == nullptr) return;
+  for (ThreadState& thread : threads_) thread.fine.GrowTo(layer.groups() * kFineGroupBytes);
+}
+
 void LinearRunner::Run(const LinearCall& call, std::span<const PackedLinear> layers) {
   if (call.rows == 0) return;
   const auto in_floats = [&](const LinearPart& part) {
@@ -112,6 +117,7 @@ void LinearRunner::PlanCall(const LinearCall& call, std::span<const PackedLinear
                     {.out = layer.out,
                      .in = layer.in,
                      .has_coarse = layer.coarse != nullptr,
+                     .has_middle = layer.middle != nullptr,
                      .residual_rank = layer.residual.max_rank,
                      .prefix_rank = layer.prefix.max_rank});
     plan.num_stages = 0;
@@ -131,7 +137,7 @@ void LinearRunner::PlanCall(const LinearCall& call, std::span<const PackedLinear
 }
 
 void LinearRunner::PlanStage(const RowGroup& group, PartPlan* plan) {
-  if (group.form == Form::kDense || group.rank == 0) return;
+  if (group.rank == 0) return;
   for (FactorStage& stage : plan->stages()) {
     const bool is_other_pair = stage.IsGar() && stage.max_rank != group.rank;
     if (stage.form != group.form || is_other_pair) continue;
@@ -247,11 +253,12 @@ void LinearRunner::AddFactorRows(const RowGroup& group, FactorStage* stage) {
 }
 
 void LinearRunner::PlanRows(const LinearCall& call, PartPlan* plan) {
-  plan->num_coarse = plan->num_planes = plan->num_dense = 0;
+  plan->num_coarse = plan->num_middle = plan->num_planes = plan->num_dense = 0;
   for (FactorStage& stage : plan->stages()) stage.num_rows = 0;
   for (const RowGroup& group : plan->part->groups) {
     for (int64_t t = group.begin; t < group.end; ++t) {
       if (group.form == Form::kResidual) plan->coarse[plan->num_coarse++] = quantised_[t];
+      if (group.form == Form::kMiddle) plan->middle[plan->num_middle++] = quantised_[t];
       if (group.form != Form::kDense) continue;
       if (plan->layer->fine != nullptr) {
         plan->planes[plan->num_planes++] = quantised_[t];
@@ -322,7 +329,7 @@ void LinearRunner::RunUnits(const LinearCall& call, const PartPlan& plan, int64_
   // All planes first: a stream that is left for a panel of B and taken up again after it costs
   // its first latency anew, 200 ns on a machine where the unit itself takes 400.
   for (int64_t unit = begin; unit < end; ++unit)
-    RunPanels(plan, unit, state.sums + (unit - begin) * unit_size, &state.executed);
+    RunPanels(plan, unit, state.sums + (unit - begin) * unit_size, &state);
   if (num_z_pieces_ > 0) {
     WaitForZ();
     for (const FactorStage& stage : plan.stages()) {
@@ -392,21 +399,26 @@ void LinearRunner::FinishUnit(const LinearCall& call, const PartPlan& plan, int6
   }
 }
 
-void LinearRunner::RunPanels(const PartPlan& plan, int64_t unit, float* sums,
-                             LinearCost* executed) {
+void LinearRunner::RunPanels(const PartPlan& plan, int64_t unit, float* sums, ThreadState* state) {
   const PackedLinear& layer = *plan.layer;
+  LinearCost* const executed = &state->executed;
   for (int64_t half = 0; half < 2; ++half) {
     const int64_t panel = 2 * unit + half;
     const int64_t outputs = std::min(kPanelOutputs, layer.out - panel * kPanelOutputs);
     if (outputs <= 0) break;
     float* out = sums + half * kPanelOutputs;
-    const int num_rows = plan.num_coarse + plan.num_planes + plan.num_dense;
-    executed->flops += 2 * layer.in * outputs * num_rows;
-    if (plan.num_coarse + plan.num_planes > 0)
-      executed->weight_bytes += outputs * layer.coarse_output_bytes();
+    const int num_of_planes = plan.num_coarse + plan.num_middle + plan.num_planes;
+    executed->flops += 2 * layer.in * outputs * (num_of_planes + plan.num_dense);
+    if (num_of_planes > 0) executed->weight_bytes += outputs * layer.coarse_output_bytes();
     if (plan.num_coarse > 0) {
       kernels_->planes(layer.CoarsePanel(panel), nullptr, layer.groups(), plan.coarse,
                        plan.num_coarse, out);
+    }
+    if (plan.num_middle > 0) {
+      kernels_->fine_from_middle(layer.MiddlePanel(panel), layer.groups(), state->fine.data());
+      kernels_->planes(layer.CoarsePanel(panel), state->fine.data(), layer.groups(), plan.middle,
+                       plan.num_middle, out);
+      executed->weight_bytes += outputs * layer.middle_output_bytes();
     }
     if (plan.num_planes > 0) {  // the coarse panel is in the cache if it was needed before
       kernels_->planes(layer.CoarsePanel(panel), layer.FinePanel(panel), layer.groups(),

@@ -38,9 +38,9 @@ struct CodedRows {
 //
 // Up to kMaxFewRows rows: activations are rounded to int8 once, then one phase on the pool
 // computes z = A x of every factor and, for every 32 outputs, all that they need: planes, then
-// B z, bias. The coarse plane is read once for residual and dense rows together. More rows: panels
-// are unpacked one by one, for all groups at once, and multiplied in what the machine is fastest
-// at: planes and factors in int8, bf16 weights in bf16, or all in fp32. Layers with
+// B z, bias. The coarse plane is read once for residual, middle and dense rows together. More rows:
+// panels are unpacked one by one, for all groups at once, and multiplied in what the machine is
+// fastest at: planes and factors in int8, bf16 weights in bf16, or all in fp32. Layers with
 // float_activations go that second way with any number of rows, in fp32.
 //
 // Not thread-safe. Scratch grows to the largest call seen and stays.
@@ -49,6 +49,8 @@ class LinearRunner {
   // Both must outlive the runner.
   LinearRunner(const CpuKernels* kernels, ThreadPool* pool);
 
+  // Makes room for what `layer` may need, whatever the first calls run it as. Before it is run.
+  void PrepareFor(const PackedLinear& layer);
   void Run(const LinearCall& call, std::span<const PackedLinear> layers);
   // An MLP of many rows whose parts all run in int8: every 32 outputs of its first half become
   // codes while they are in the cache, and are never written as floats. False, and nothing done,
@@ -99,6 +101,8 @@ class LinearRunner {
     // Few rows only.
     int num_coarse = 0;
     QuantisedRow coarse[kMaxFewRows];
+    int num_middle = 0;
+    QuantisedRow middle[kMaxFewRows];
     int num_planes = 0;
     QuantisedRow planes[kMaxFewRows];
     int num_dense = 0;  // bf16 or fp32
@@ -109,6 +113,7 @@ class LinearRunner {
     AlignedBuffer<float> scaled_z;
     AlignedBuffer<float> gate, up;   // of an MLP: [rows of a block][32]
     AlignedBuffer<float> unordered;  // of a gar pair: [rows of a block][16]
+    AlignedBuffer<uint8_t> fine;     // of few rows: the panel that a middle one means
     alignas(64) uint8_t panel[kPanelBytes];
     alignas(64) float sums[kUnitsPerRun * kMaxFewRows * kUnitOutputs];
   };
@@ -142,7 +147,7 @@ class LinearRunner {
   // Units [begin, end) of a part, 32 outputs each; at most kUnitsPerRun.
   void RunUnits(const LinearCall& call, const PartPlan& plan, int64_t begin, int64_t end,
                 int thread);
-  void RunPanels(const PartPlan& plan, int64_t unit, float* sums, LinearCost* executed);
+  void RunPanels(const PartPlan& plan, int64_t unit, float* sums, ThreadState* state);
   // B z of units [begin_unit, end_unit), whose sums lie `unit_size` floats apart.
   void RunFactorB(const FactorStage& stage, int64_t begin_unit, int64_t end_unit, float* sums,
                   int64_t unit_size, int thread);

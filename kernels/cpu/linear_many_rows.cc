@@ -18,6 +18,7 @@
 #include "base/bfloat16.h"
 #include "kernels/call_checks.h"
 #include "kernels/cpu/linear.h"
+#include "kernels/cpu/middle_plane.h"
 
 namespace nestor {
 namespace {
@@ -245,7 +246,7 @@ LinearRunner::Arithmetic LinearRunner::ArithmeticOfPlanes(const PackedLinear& la
 }
 
 LinearRunner::Arithmetic LinearRunner::ArithmeticOf(const PackedLinear& layer, Form form) const {
-  if (form == Form::kResidual || layer.fine != nullptr) return ArithmeticOfPlanes(layer);
+  if (form != Form::kDense || layer.fine != nullptr) return ArithmeticOfPlanes(layer);
   const bool in_bf16 =
       layer.dense_bf16 != nullptr && kernels_->bf16_gemm != nullptr && !layer.float_activations;
   return in_bf16 ? Arithmetic::kBf16 : Arithmetic::kFp32;
@@ -371,7 +372,7 @@ LinearRunner::Outputs LinearRunner::PanelOf(const LinearPart& part, int64_t pane
 void LinearRunner::RunPanel(const LinearCall& call, const PartPlan& plan, int64_t panel,
                             RowBlock block, const Outputs& to, int thread) {
   SetToBias(call, plan, panel, block, to, thread);
-  for (const Form form : {Form::kResidual, Form::kDense}) {
+  for (const Form form : {Form::kResidual, Form::kMiddle, Form::kDense}) {
     if (Has(plan.part->groups, OfForm(form), block))
       MultiplyByWeights(call, plan, form, panel, block, to, thread);
   }
@@ -444,11 +445,18 @@ void LinearRunner::UnpackWeights(const PackedLinear& layer, Form form, int64_t p
   } else {
     const int64_t group = begin / kGroupSize;
     const uint8_t* coarse = layer.CoarsePanel(panel) + group * kCoarseGroupBytes;
+    const int64_t groups = NumGroups(end - begin);
     const uint8_t* fine = is_dense ? layer.FinePanel(panel) + group * kFineGroupBytes : nullptr;
+    alignas(64) uint8_t scratch[kPanelBytes];
+    if (form == Form::kMiddle) {
+      kernels_->fine_from_middle(layer.MiddlePanel(panel) + group * kMiddleGroupBytes, groups,
+                                 scratch);
+      fine = scratch;
+    }
     if (arithmetic == Arithmetic::kInt8) {
-      kernels_->int8_panel_from_planes(coarse, fine, NumGroups(end - begin), out);
+      kernels_->int8_panel_from_planes(coarse, fine, groups, out);
     } else {
-      kernels_->panel_from_planes(coarse, fine, NumGroups(end - begin), floats);
+      kernels_->panel_from_planes(coarse, fine, groups, floats);
     }
   }
 }
@@ -482,9 +490,14 @@ void LinearRunner::MultiplyByWeights(const LinearCall& call, const PartPlan& pla
   int64_t bytes = 0;
   if (is_dense && layer.fine == nullptr) bytes += layer.dense_output_bytes();
   if (is_dense && layer.fine != nullptr) bytes += layer.fine_output_bytes();
-  // One pass over the coarse plane serves residual and dense rows.
+  if (form == Form::kMiddle) bytes += layer.middle_output_bytes();
+  // One pass over the coarse plane serves residual, middle and dense rows: counted with the first
+  // of these forms that there is.
   const bool reads_coarse = !is_dense || layer.fine != nullptr;
-  const bool was_counted = is_dense && Has(groups, OfForm(Form::kResidual), RowBlock{0, call.rows});
+  const RowBlock all = {.begin = 0, .end = call.rows};
+  const bool was_counted =
+      form != Form::kResidual && (Has(groups, OfForm(Form::kResidual), all) ||
+                                  (is_dense && Has(groups, OfForm(Form::kMiddle), all)));
   if (reads_coarse && !was_counted) bytes += layer.coarse_output_bytes();
   state.executed.weight_bytes += outputs * bytes;
 }

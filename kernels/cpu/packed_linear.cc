@@ -8,6 +8,7 @@
 #include "base/check.h"
 #include "base/status_macros.h"
 #include "kernels/cpu/kernels.h"
+#include "kernels/cpu/middle_plane.h"
 
 namespace nestor {
 namespace {
@@ -66,6 +67,27 @@ absl::StatusOr<const uint8_t*> PackPlane(const LinearWeights& weights, const uin
       PackGroupOfRow(plane + (row * groups + g) * kBytesOfRow, group, output);
       if (scales != nullptr)
         std::memcpy(group + kCodeBytes + output * 2, scales + row * groups + g, 2);
+    }
+  }
+  return result;
+}
+
+absl::StatusOr<const uint8_t*> PackMiddlePlane(const LinearWeights& weights, MemoryArena* arena) {
+  const int64_t groups = NumGroups(weights.in);
+  const int64_t bytes = NumPanels(weights.out) * groups * kMiddleGroupBytes;
+  NESTOR_ASSIGN_OR_RETURN(uint8_t * result, arena->Allocate<uint8_t>(bytes));
+  std::fill_n(result, bytes, 0);
+  for (int64_t row = 0; row < weights.out; ++row) {
+    const int64_t output = row % kPanelOutputs;
+    for (int64_t j = 0; j < weights.in; ++j) {
+      const int64_t place = row * (PaddedToGroup(weights.in) / 4) + j / 4;
+      const unsigned code = weights.middle[place] >> (2 * (j % 4)) & 3u;
+      // Where a fine panel has it: a line, a nibble, a byte.
+      const int64_t line = j % kGroupSize / 4 % 4;
+      const int64_t nibble = j % kGroupSize / (kGroupSize / 2);
+      uint8_t* group = result + (row / kPanelOutputs * groups + j / kGroupSize) * kMiddleGroupBytes;
+      group[line / 2 * kLineBytes + 4 * output + j % 4] |=
+          static_cast<uint8_t>(code << (4 * (line % 2) + 2 * nibble));
     }
   }
   return result;
@@ -175,6 +197,10 @@ const uint8_t* PackedLinear::FinePanel(int64_t panel) const {
   return fine + panel * groups() * kFineGroupBytes;
 }
 
+const uint8_t* PackedLinear::MiddlePanel(int64_t panel) const {
+  return middle + panel * groups() * kMiddleGroupBytes;
+}
+
 const uint16_t* PackedLinear::Bf16Panel(int64_t panel) const {
   return dense_bf16 + panel * in * kPanelOutputs;
 }
@@ -195,6 +221,9 @@ absl::StatusOr<PackedLinear> PackLinear(const LinearWeights& weights, MemoryAren
   }
   if (weights.fine != nullptr) {
     NESTOR_ASSIGN_OR_RETURN(layer.fine, PackPlane(weights, weights.fine, nullptr, arena));
+  }
+  if (weights.middle != nullptr) {
+    NESTOR_ASSIGN_OR_RETURN(layer.middle, PackMiddlePlane(weights, arena));
   }
   NESTOR_ASSIGN_OR_RETURN(layer.residual,
                           PackFactors(weights.residual, weights.out, weights.in, arena));

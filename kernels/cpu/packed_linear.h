@@ -57,6 +57,7 @@ struct PackedLinear {
   const uint16_t* dense_bf16 = nullptr;  // bf16 panels
   const uint8_t* coarse = nullptr;       // coarse panels, scales among them
   const uint8_t* fine = nullptr;         // fine panels
+  const uint8_t* middle = nullptr;       // middle panels (middle_plane.h)
   PackedFactors residual = {};
   PackedFactors prefix = {};
   std::vector<PackedGar> gar = {};
@@ -68,12 +69,14 @@ struct PackedLinear {
   const PackedGar& GarOfRank(int64_t rank) const;
   const uint8_t* CoarsePanel(int64_t panel) const;
   const uint8_t* FinePanel(int64_t panel) const;
+  const uint8_t* MiddlePanel(int64_t panel) const;
   const uint16_t* Bf16Panel(int64_t panel) const;
 
   // What is counted when a part is read: for one output of a plane (scales count with the coarse
   // one) or of the bf16 or fp32 form, for one component of A, for one of B and 32 outputs.
   int64_t coarse_output_bytes() const { return PaddedToGroup(in) / 2 + 2 * groups(); }
   int64_t fine_output_bytes() const { return PaddedToGroup(in) / 2; }
+  int64_t middle_output_bytes() const { return PaddedToGroup(in) / 4; }
   int64_t dense_output_bytes() const { return in * (dense_bf16 != nullptr ? 2 : 4); }
   int64_t a_component_bytes() const { return PaddedToGroup(in) + 2 * groups(); }
   static constexpr int64_t kBComponentBytes = kGroupSize + 2;

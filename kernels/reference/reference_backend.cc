@@ -37,6 +37,7 @@ struct ReferenceLinear {
   std::vector<uint16_t> dense_bf16;
   std::vector<uint8_t> coarse;
   std::vector<uint8_t> fine;
+  std::vector<uint8_t> middle;
   std::vector<uint16_t> scales;
   ReferenceFactors residual;
   ReferenceFactors prefix;
@@ -99,6 +100,13 @@ double CoarseWeight(const ReferenceLinear& layer, int64_t row, int64_t col) {
   const double scale =
       FloatFromBfloat16(layer.scales[row * NumGroups(layer.in) + col / kGroupSize]);
   return scale * 16 * PlaneCode(layer.coarse, layer, row, col);
+}
+
+double MiddleWeight(const ReferenceLinear& layer, int64_t row, int64_t col) {
+  const double scale =
+      FloatFromBfloat16(layer.scales[row * NumGroups(layer.in) + col / kGroupSize]);
+  const int bits = layer.middle[row * (PaddedToGroup(layer.in) / 4) + col / 4] >> (2 * (col % 4));
+  return CoarseWeight(layer, row, col) + scale * (4 * (bits & 3) - 6);
 }
 
 double DenseWeight(const ReferenceLinear& layer, int64_t row, int64_t col) {
@@ -227,13 +235,15 @@ absl::StatusOr<LinearId> ReferenceBackend::LoadLinear(const LinearWeights& weigh
                            .dense_bf16 = CopyOf(weights.dense_bf16, out * in),
                            .coarse = CopyOf(weights.coarse, plane_bytes),
                            .fine = CopyOf(weights.fine, plane_bytes),
+                           .middle = CopyOf(weights.middle, plane_bytes / 2),
                            .scales = CopyOf(weights.scales, out * NumGroups(in)),
                            .residual = CopyOf(weights.residual, out, in),
                            .prefix = CopyOf(weights.prefix, out, in),
                            .bias = CopyOf(weights.bias, out),
                            .float_activations = weights.float_activations};
   weight_bytes_ += 4 * layer.dense_f32.size() + 2 * layer.dense_bf16.size() + layer.coarse.size() +
-                   layer.fine.size() + 2 * layer.scales.size() + 4 * layer.bias.size();
+                   layer.fine.size() + layer.middle.size() + 2 * layer.scales.size() +
+                   4 * layer.bias.size();
   for (const ReferenceFactors* factors : {&layer.residual, &layer.prefix}) {
     weight_bytes_ += BytesOf(*factors);
   }
@@ -363,12 +373,13 @@ void ReferenceBackend::RunGar(const ReferenceLinear& layer, const RowGroup& grou
 
 void ReferenceBackend::RunGroup(const ReferenceLinear& layer, const RowGroup& group,
                                 const double* x, double* y) {
-  const bool has_plane = group.form == Form::kDense || group.form == Form::kResidual;
+  const bool has_plane = group.form != Form::kPrefix && group.form != Form::kGar;
   std::vector<double> weights(layer.in);
   for (int64_t i = 0; i < layer.out; ++i) {
     for (int64_t j = 0; j < layer.in; ++j) {
       if (group.form == Form::kDense) weights[j] = DenseWeight(layer, i, j);
       if (group.form == Form::kResidual) weights[j] = CoarseWeight(layer, i, j);
+      if (group.form == Form::kMiddle) weights[j] = MiddleWeight(layer, i, j);
     }
     const double bias = layer.bias.empty() ? 0.0 : layer.bias[i];
     for (int64_t t = group.begin; t < group.end; ++t) {
@@ -404,21 +415,28 @@ void ReferenceBackend::Count(const ReferenceLinear& layer, std::span<const RowGr
   int64_t max_prefix = -1;
   std::set<int64_t> gar_ranks;
   bool has_dense = false;
+  bool has_middle = false;
   for (const RowGroup& group : groups) {
     executed_.flops += (group.end - group.begin) * cost_of(group.form, group.rank).flops;
     if (group.form == Form::kResidual) max_residual = std::max(max_residual, group.rank);
     if (group.form == Form::kPrefix) max_prefix = std::max(max_prefix, group.rank);
     if (group.form == Form::kGar) gar_ranks.insert(group.rank);
     has_dense = has_dense || group.form == Form::kDense;
+    has_middle = has_middle || group.form == Form::kMiddle;
   }
-  // Each part is read once for all groups: the coarse plane serves residual and dense rows.
+  // Each part is read once for all groups: the coarse plane serves residual, middle and dense rows.
   const int64_t bias_bytes = has_bias ? 4 * layer.out : 0;
   int64_t bytes = bias_bytes;
   if (has_dense) bytes += cost_of(Form::kDense, 0).weight_bytes - bias_bytes;
-  if (max_residual >= 0) {
-    const bool shares_plane = has_dense && layer.storage() == DenseStorage::kPlanes;
-    bytes += cost_of(Form::kResidual, max_residual).weight_bytes -
-             (shares_plane ? cost_of(Form::kResidual, 0).weight_bytes : bias_bytes);
+  const int64_t coarse_bytes = cost_of(Form::kResidual, 0).weight_bytes;
+  bool has_coarse = has_dense && layer.storage() == DenseStorage::kPlanes;
+  for (const auto& [is_run, cost] :
+       {std::pair(has_middle, cost_of(Form::kMiddle, 0)),
+        std::pair(max_residual >= 0,
+                  cost_of(Form::kResidual, std::max<int64_t>(0, max_residual)))}) {
+    if (!is_run) continue;
+    bytes += cost.weight_bytes - (has_coarse ? coarse_bytes : bias_bytes);
+    has_coarse = true;
   }
   if (max_prefix >= 0) bytes += cost_of(Form::kPrefix, max_prefix).weight_bytes - bias_bytes;
   for (const int64_t rank : gar_ranks) bytes += cost_of(Form::kGar, rank).weight_bytes - bias_bytes;
@@ -435,6 +453,7 @@ void ReferenceBackend::Linear(const LinearCall& call) {
                     {.out = layer.out,
                      .in = layer.in,
                      .has_coarse = !layer.coarse.empty(),
+                     .has_middle = !layer.middle.empty(),
                      .residual_rank = layer.residual.max_rank,
                      .prefix_rank = layer.prefix.max_rank});
     std::vector<double> y(call.rows * layer.out);

@@ -107,7 +107,8 @@ TEST_F(MeasuredSearchTest, LevelsStandAtTheirCostsAndStateAllCostsAndLosses) {
   ASSERT_TRUE(report.ok()) << report.status();
   ASSERT_EQ(report->levels.size(), 4u);
   ASSERT_EQ(report->search.size(), 4u);
-  EXPECT_EQ(report->probes, 2 * 15);  // seven layers in each of two blocks, and the head
+  // Two ranks and the middle plane of seven layers in each of two blocks, and of the head.
+  EXPECT_EQ(report->probes, 3 * 15);
   EXPECT_EQ(report->resumed_probes, 0);
   const double costs[] = {0.65, 0.7, 0.8};
   for (size_t i = 0; i < 3; ++i) {
@@ -178,7 +179,7 @@ TEST_F(MeasuredSearchTest, AKilledSearchGoesOnAfterItsLastProbe) {
   // As if it had been killed while it wrote the fourth probe.
   const std::string path = options.output + ".calibration/probes.jsonl";
   const std::string log = *ReadFile(path);
-  EXPECT_EQ(std::count(log.begin(), log.end(), '\n'), 1 + 2 * 15);
+  EXPECT_EQ(std::count(log.begin(), log.end(), '\n'), 1 + 3 * 15);
   size_t end = 0;
   for (int line = 0; line < 4; ++line) end = log.find('\n', end) + 1;
   ASSERT_TRUE(WriteFileAtomically(path, log.substr(0, end + 10)).ok());

@@ -160,6 +160,8 @@ class Forward(unittest.TestCase):
         self.assertEqual(
             {level.ladder for level in model.artifact.levels}, {"residual", "prefix", "full"}
         )
+        forms = {form for level in model.artifact.levels for form in level.forms}
+        self.assertEqual(forms, {"dense", "residual", "middle", "prefix"})
         for level, values in enumerate(expected):
             model.set_level(level)
             with torch.no_grad():

@@ -318,7 +318,9 @@ TEST_F(LanguageModelTest, ScoreGivesEveryTokenButTheFirstItsLogProbability) {
 
 TEST_F(LanguageModelTest, ScoresDependOnTheLevel) {
   const Json cheap = JsonOf(Run({"score", "the old stone bridge", "--json", "--level", "0"}));
-  const Json full = JsonOf(Run({"score", "the old stone bridge", "--json"}));
+  // Which level is the best of a model with random weights is a matter of chance.
+  const std::string last = absl::StrCat(served_->levels().size() - 1);
+  const Json full = JsonOf(Run({"score", "the old stone bridge", "--json", "--level", last}));
   ASSERT_TRUE(cheap.is_object() && full.is_object());
   EXPECT_NE(cheap["log_probabilities"], full["log_probabilities"]);
   EXPECT_EQ(cheap["usage"]["prompt_levels"][0]["level"], 0);

@@ -26,10 +26,10 @@ std::vector<FormAndRank> ChoicesOf(const std::vector<PricedChoice>& priced) {
 }
 
 std::vector<FormAndRank> Between(const FormAndRank& low, const FormAndRank& high,
-                                 int64_t stored_rank) {
+                                 int64_t stored_rank, bool has_middle = false) {
   const std::string ladder = low.form == Form::kPrefix ? "prefix" : "residual";
-  return ChoicesOf(
-      ChoicesBetween(Layer(96, 128), DenseStorage::kPlanes, ladder, low, high, stored_rank));
+  return ChoicesOf(ChoicesBetween(Layer(96, 128), DenseStorage::kPlanes, ladder, low, high,
+                                  stored_rank, has_middle));
 }
 
 TEST(ChoicesBetweenTest, AreTheRanksBetweenTwoOfOneForm) {
@@ -50,6 +50,17 @@ TEST(ChoicesBetweenTest, EndDenseAfterWhatIsStoredAndCheaper) {
   EXPECT_THAT(
       Between({Form::kPrefix, 40}, {}, 64),
       ElementsAre(FormAndRank{Form::kPrefix, 40}, FormAndRank{Form::kPrefix, 48}, FormAndRank{}));
+}
+
+TEST(ChoicesBetweenTest, TheMiddlePlaneComesAfterTheRanksThatAreCheaper) {
+  // 8.5 r (96 + 128) bits reach the 2 * 96 * 128 of the plane between ranks 8 and 16.
+  const FormAndRank low = {Form::kResidual, 0};
+  const FormAndRank step = {Form::kResidual, 8};
+  const FormAndRank middle = {Form::kMiddle, 0};
+  EXPECT_THAT(Between(low, {}, 64, true), ElementsAre(low, step, middle, FormAndRank{}));
+  EXPECT_THAT(Between(low, middle, 64, true), ElementsAre(low, step, middle));
+  EXPECT_THAT(Between(middle, middle, 64, true), ElementsAre(middle));
+  EXPECT_THAT(Between(middle, {}, 64, true), ElementsAre(middle, FormAndRank{}));
 }
 
 TEST(ChoicesBetweenTest, ADenseLayerStaysDense) {

@@ -124,6 +124,38 @@ TEST_F(LevelRaiserTest, GarPairsShareNothingButWithTheirEqual) {
   EXPECT_EQ(raiser.BytesOf(7), kPrefix32 + kGar64 + kGar128 + kSecond);
 }
 
+TEST(IsNestedTest, TheMiddlePlaneIsBetweenResidualRanksAndDense) {
+  const FormAndRank middle{Form::kMiddle, 0}, residual{Form::kResidual, 64}, dense;
+  EXPECT_TRUE(IsNested(residual, middle));
+  EXPECT_TRUE(IsNested(middle, middle));
+  EXPECT_TRUE(IsNested(middle, dense));
+  EXPECT_FALSE(IsNested(middle, residual));
+  EXPECT_FALSE(IsNested(middle, {Form::kResidual, 0}));
+  EXPECT_FALSE(IsNested(dense, middle));
+  EXPECT_FALSE(IsNested(middle, {Form::kPrefix, 64}));
+  EXPECT_FALSE(IsNested({Form::kPrefix, 8}, middle));
+}
+
+// The planes of a layer are read once for all forms that have them.
+TEST_F(LevelRaiserTest, ARowOfTheMiddlePlaneRunsWithTheDenseOneThatIsThere) {
+  std::vector<Level> levels = levels_;
+  levels.insert(levels.end() - 1,
+                Level{.ladder = "residual", .profile = Profile(2, {Form::kMiddle, 0})});
+  LevelRaiser raiser(&layers_, &levels, DenseStorage::kPlanes, backend_.get());
+  const int middle = kFull;
+  const int full = kFull + 1;
+  std::vector<LevelRaiser::Entry> entries = {{.rows = 1, .level = kResidual, .may_run = kAll},
+                                             {.rows = 1, .level = middle, .may_run = kAll},
+                                             {.rows = 1, .level = full, .may_run = kAll}};
+  raiser.Raise(entries);
+  for (const LevelRaiser::Entry& entry : entries) EXPECT_EQ(entry.level, full);
+  // One of its own costs less than the full level: nothing is raised beyond what is there.
+  entries = {{.rows = 1, .level = kResidual, .may_run = kAll},
+             {.rows = 1, .level = middle, .may_run = kAll}};
+  raiser.Raise(entries);
+  for (const LevelRaiser::Entry& entry : entries) EXPECT_EQ(entry.level, middle);
+}
+
 TEST(IsNestedTest, AGarPairIsAPrefixOfItsRank) {
   const FormAndRank prefix = {Form::kPrefix, 16}, gar = {Form::kGar, 16}, dense = {};
   EXPECT_TRUE(IsNested(prefix, gar));

@@ -206,6 +206,17 @@ std::vector<Case> Cases() {
       {"PlanesOneByOne", {.out = 1, .in = 1, .dense = kPlanes}, Form::kDense, 0},
       {"PlanesTwoBlocks", {.out = 530, .in = 40, .dense = kPlanes}, Form::kDense, 0},
       {"CoarseAlone", {.out = 50, .in = 100, .dense = kPlanes}, Form::kResidual, 0},
+      {"MiddleAligned", {.out = 64, .in = 96, .has_middle = true}, Form::kMiddle, 0},
+      {"MiddleOdd", {.out = 45, .in = 277, .has_middle = true, .has_bias = true}, Form::kMiddle, 0},
+      {"MiddleTwoBlocks", {.out = 530, .in = 40, .has_middle = true}, Form::kMiddle, 0},
+      {"MiddleBesideBf16",
+       {.out = 33, .in = 65, .dense = kBf16, .has_middle = true},
+       Form::kMiddle,
+       0},
+      {"MiddleInFloats",
+       {.out = 45, .in = 277, .has_middle = true, .has_bias = true, .float_activations = true},
+       Form::kMiddle,
+       0},
       {"Residual",
        {.out = 70, .in = 300, .dense = kPlanes, .residual_rank = 24, .has_bias = true},
        Form::kResidual,
@@ -306,8 +317,9 @@ std::vector<std::vector<RowGroup>> RandomGroups(int64_t rows, bool is_bf16, uint
   for (std::vector<RowGroup>& groups : parts) {
     for (int64_t begin = 0; begin < rows;) {
       const int64_t end = std::min<int64_t>(rows, begin + 1 + random() % 5);
-      const auto form = static_cast<Form>(random() % 4);
-      int64_t rank = form == Form::kDense ? 0 : random() % (is_bf16 ? 9 : 71);
+      const auto form = static_cast<Form>(random() % 5);
+      int64_t rank =
+          form == Form::kDense || form == Form::kMiddle ? 0 : random() % (is_bf16 ? 9 : 71);
       if (form == Form::kGar) rank = kMixedGarRanks[random() % 3];
       groups.push_back({.begin = begin, .end = end, .form = form, .rank = rank});
       begin = end;
@@ -330,6 +342,7 @@ std::vector<RandomLayer> MixedLayers(const MixedCase& c) {
         RandomLayer::Shape{.out = out,
                            .in = 150,
                            .dense = c.is_bf16 ? DenseStorage::kBf16 : DenseStorage::kPlanes,
+                           .has_middle = true,
                            .residual_rank = 70,
                            .prefix_rank = 75,
                            .gar_ranks = {kMixedGarRanks, kMixedGarRanks + 3},
@@ -425,6 +438,7 @@ std::vector<RandomLayer> MlpLayers(int64_t hidden, bool has_gate, DenseStorage d
   RandomLayer::Shape up = {.out = hidden,
                            .in = 70,
                            .dense = dense,
+                           .has_middle = true,
                            .residual_rank = 40,
                            .prefix_rank = 50,
                            .gar_ranks = {kMixedGarRanks, kMixedGarRanks + 3},
@@ -535,15 +549,19 @@ TEST_P(MixedGroups, ReadEveryPartOnceAndCountItOnce) {
   }
 }
 
-TEST_P(MixedGroups, SharedCoarsePlaneIsReadOnceForResidualAndDenseRows) {
+TEST_P(MixedGroups, SharedCoarsePlaneIsReadOnceForResidualMiddleAndDenseRows) {
   // 64 x 64: a plane is 2,048 bytes, scales 256; rank 4 is 4 * (64 + 64 + 4 + 4) = 544.
-  const RandomLayer layer({.out = 64, .in = 64, .residual_rank = 4}, 1);
+  const RandomLayer layer({.out = 64, .in = 64, .has_middle = true, .residual_rank = 4}, 1);
   for (const int64_t rows : {6, 30}) {
     const Device cpu = Device::Cpu(GetParam(), 1);
     RunLinear(cpu, layer, RandomFloats(rows * 64, 1),
               {{0, 2, Form::kResidual, 0}, {2, 4, Form::kResidual, 4}, {4, rows, Form::kDense, 0}});
     EXPECT_EQ(cpu->executed().weight_bytes, 2048 + 256 + 544 + 2048);
     EXPECT_EQ(cpu->executed().flops, rows * 8192 + 2 * 2 * 4 * 128);
+    const Device other = Device::Cpu(GetParam(), 1);
+    RunLinear(other, layer, RandomFloats(rows * 64, 1),
+              {{0, 2, Form::kResidual, 4}, {2, 5, Form::kMiddle, 0}, {5, rows, Form::kDense, 0}});
+    EXPECT_EQ(other->executed().weight_bytes, 2048 + 256 + 544 + 1024 + 2048);
   }
 }
 
@@ -582,6 +600,16 @@ TEST(LoadLinear, NamesTheLayerAndWhatDoesNotFit) {
     weights.scales = nullptr;
     EXPECT_THAT(std::string(device->LoadLinear(weights).status().message()),
                 HasSubstr("layer blocks.3.up [64, 64]: has a coarse plane but no scales"));
+    weights = layer.View();
+    const uint8_t middle = 0;
+    weights.middle = &middle;
+    weights.coarse = nullptr;
+    weights.fine = nullptr;
+    weights.scales = nullptr;
+    const uint16_t bf16 = 0;
+    weights.dense_bf16 = &bf16;
+    EXPECT_THAT(std::string(device->LoadLinear(weights).status().message()),
+                HasSubstr("has a middle plane but no coarse one"));
     weights = layer.View();
     weights.fine = nullptr;
     EXPECT_THAT(std::string(device->LoadLinear(weights).status().message()),

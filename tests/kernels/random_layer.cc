@@ -87,6 +87,18 @@ RandomLayer::RandomLayer(const Shape& shape, uint32_t seed) : shape_(shape) {
       if (random() % 2 == 0) scale |= 0x8000;
     }
   }
+  if (shape.has_middle) {
+    // Padding is random as well: it meets inputs that are zeros.
+    middle_.resize(out * PaddedToGroup(in) / 4);
+    for (uint8_t& byte : middle_) byte = static_cast<uint8_t>(random());
+    for (int64_t i = 0; i < out; ++i) {
+      for (int64_t j = 0; j < in; ++j) {
+        const uint8_t pair = coarse_[i * (PaddedToGroup(in) / 2) + j / 2];
+        const bool is_smallest = (j % 2 == 0 ? pair & 0x0f : pair >> 4) == 0;
+        if (is_smallest) middle_[i * (PaddedToGroup(in) / 4) + j / 4] |= 2 << (2 * (j % 4));
+      }
+    }
+  }
   residual_ = MakeFactors(shape.residual_rank, out, in, seed + 1);
   prefix_ = MakeFactors(shape.prefix_rank, out, in, seed + 2);
   for (const int64_t rank : shape.gar_ranks) {
@@ -114,6 +126,7 @@ LinearWeights RandomLayer::View() const {
           .dense_bf16 = data(bf16_),
           .coarse = data(coarse_),
           .fine = data(fine_),
+          .middle = data(middle_),
           .scales = data(scales_),
           .residual = residual_.View(),
           .prefix = prefix_.View(),
@@ -131,7 +144,13 @@ double RandomLayer::WeightAt(Form form, int64_t row, int64_t col) const {
     return (col % 2 == 0 ? byte & 0x0f : byte >> 4) - 8;
   };
   const double scale = FloatFromBfloat16(scales_[row * NumGroups(shape_.in) + col / kGroupSize]);
-  return scale * (16 * code(coarse_) + (form == Form::kDense ? code(fine_) : 0));
+  int below = 0;  // the coarse plane
+  if (form == Form::kDense) below = code(fine_);
+  if (form == Form::kMiddle) {
+    const uint8_t byte = middle_[row * (PaddedToGroup(shape_.in) / 4) + col / 4];
+    below = 4 * (byte >> (2 * (col % 4)) & 3) - 6;
+  }
+  return scale * (16 * code(coarse_) + below);
 }
 
 const RandomLayer::Factors& RandomLayer::FactorsOf(Form form, int64_t rank) const {
@@ -157,7 +176,7 @@ std::vector<double> RandomLayer::Magnitude(Form form, int64_t rank,
     if (form == Form::kPrefix || form == Form::kGar) continue;
     for (int64_t j = 0; j < shape_.in; ++j) result[i] += std::abs(WeightAt(form, i, j) * x[j]);
   }
-  if (form == Form::kDense) return result;
+  if (rank == 0) return result;
   const Factors& factors = FactorsOf(form, rank);
   const std::vector<double> z = LargestComponents(factors, rank, x);
   std::vector<double> products(factors.out);
@@ -196,7 +215,7 @@ std::vector<double> RandomLayer::RowOfB(const Factors& factors, int64_t rank, in
 
 std::vector<double> RandomLayer::RoundingOfZ(Form form, int64_t rank,
                                              std::span<const double> x) const {
-  if (form == Form::kDense || rank == 0) return std::vector<double>(shape_.out);
+  if (rank == 0) return std::vector<double>(shape_.out);
   const Factors& factors = FactorsOf(form, rank);
   std::vector<double> result(factors.out);
   const std::vector<double> z = LargestComponents(factors, rank, x);
@@ -216,7 +235,7 @@ std::vector<double> RandomLayer::RoundingOfZ(Form form, int64_t rank,
 
 std::vector<double> RandomLayer::RoundingToGroups(Form form, int64_t rank,
                                                   std::span<const double> x) const {
-  if (form == Form::kDense || rank == 0) return std::vector<double>(shape_.out);
+  if (rank == 0) return std::vector<double>(shape_.out);
   const Factors& factors = FactorsOf(form, rank);
   std::vector<double> result(factors.out);
   std::vector<double> z = LargestComponents(factors, rank, x);

@@ -16,6 +16,7 @@ class RandomLayer {
     int64_t in = 0;
     DenseStorage dense = DenseStorage::kPlanes;
     bool has_coarse = true;  // beside a bf16 dense form; planes always have one
+    bool has_middle = false;
     int64_t residual_rank = 0;
     int64_t prefix_rank = 0;
     std::vector<int64_t> gar_ranks = {};
@@ -61,7 +62,7 @@ class RandomLayer {
   Shape shape_;
   std::vector<float> f32_;
   std::vector<uint16_t> bf16_;
-  std::vector<uint8_t> coarse_, fine_;
+  std::vector<uint8_t> coarse_, fine_, middle_;
   std::vector<uint16_t> scales_;
   Factors residual_, prefix_;
   std::vector<Factors> gar_;

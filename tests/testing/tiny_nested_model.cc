@@ -2,6 +2,7 @@
 
 #include <memory>
 #include <random>
+#include <span>
 #include <vector>
 
 #include "base/file.h"
@@ -22,6 +23,22 @@ std::string RandomText(int lines, uint64_t seed) {
   return text;
 }
 
+// Ranks along hulls; in so small a layer the middle plane costs less than most of them, so that it
+// has every third layer of the last residual level only.
+std::vector<Profile> AllocateEveryForm(const LayerOptions& options,
+                                       std::span<const int64_t> targets) {
+  LayerOptions ranks = options;
+  for (std::vector<LayerOption>& layer : ranks) {
+    std::erase_if(layer, [](const LayerOption& o) { return o.choice.form == Form::kMiddle; });
+  }
+  std::vector<Profile> profiles = AllocateAlongHulls(ranks, targets);
+  for (size_t i = 0; i < options.size(); i += 3) {
+    FormAndRank& choice = profiles.back()[i];
+    if (choice.form == Form::kResidual) choice = {Form::kMiddle, 0};
+  }
+  return profiles;
+}
+
 }  // namespace
 
 absl::Status WriteTinyNestedModel(const std::string& directory,
@@ -35,6 +52,7 @@ absl::Status WriteTinyNestedModel(const std::string& directory,
   compress.ladder = LadderChoice::kBoth;
   compress.levels = 4;
   compress.max_residual_rank = 16;
+  compress.allocate = AllocateEveryForm;
   compress.refit_tokens = 0;
   compress.gar_levels = std::vector<int>();
   compress.corpus.calibration_paths = {text};
