@@ -49,7 +49,8 @@ using Json = nlohmann::json;
 
 // Where errors are weighed: near the ranks that a residual ladder spends most on.
 constexpr int64_t kResidualProbeRank = 16;
-constexpr int64_t kProbeTokens = 1024;
+constexpr int64_t kLanguageModelSensitivityTokens = 512;
+constexpr int64_t kEncoderSensitivityTokens = 1024;
 // Each group costs a pass over the probe's tokens, which is a small one in an encoder.
 constexpr int64_t kLanguageModelDepths = 6;
 constexpr int64_t kEncoderDepths = 12;
@@ -194,6 +195,9 @@ class Compression {
   TokenSequences FirstSequences(int64_t tokens) const;
   absl::StatusOr<std::unique_ptr<NestedModel>> OpenModel(std::vector<Level> levels) const;
   absl::StatusOr<std::unique_ptr<Engine>> OpenParts(std::vector<Level> levels) const;
+  // The same, or any model, with inputs that stay floats. Whatever a layer changes, later inputs
+  // round to int8 otherwise, which alone diverges as much as most layers do (docs/ladders.md).
+  absl::StatusOr<std::unique_ptr<Engine>> OpenToCompare(std::unique_ptr<NestedModel> model) const;
   absl::Status ChooseActivations(const std::vector<Level>& levels);
   absl::StatusOr<std::vector<Level>> MeasureLevels(std::vector<Level> levels);
   absl::Status WriteDescription(const std::vector<Level>* levels) const;
@@ -547,9 +551,12 @@ absl::Status Compression::WeightBySensitivity(LadderPlan* ladder) {
       ProbeOptions(ladder->options, ladder->name == "residual" ? kResidualProbeRank : 0);
   const std::vector<Level> chain = ProbeChain(probes, groups, ladder->name);
   NESTOR_RETURN_IF_ERROR(WriteParts(chain));
-  NESTOR_ASSIGN_OR_RETURN(const std::unique_ptr<Engine> engine, OpenParts(chain));
+  NESTOR_ASSIGN_OR_RETURN(std::unique_ptr<NestedModel> model, OpenModel(chain));
+  NESTOR_ASSIGN_OR_RETURN(const std::unique_ptr<Engine> engine, OpenToCompare(std::move(model)));
+  const int64_t tokens =
+      source_->spec().is_encoder() ? kEncoderSensitivityTokens : kLanguageModelSensitivityTokens;
   NESTOR_ASSIGN_OR_RETURN(const std::vector<double> measured,
-                          MeasureGroups(engine.get(), FirstSequences(kProbeTokens)));
+                          MeasureGroups(engine.get(), FirstSequences(tokens)));
   nestor::WeightErrors(measured, groups, probes, &ladder->options);
   return absl::OkStatus();
 }
@@ -615,15 +622,13 @@ absl::Status Compression::ProbeLayers() {
                           LayerTimes::Measure(*model, options_.make_backend, options_.search.rows));
 
   const TokenSequences sequences = ProbeText();
-  const std::string key = absl::StrCat(
-      CalibrationKey(), ", dense ", options_.dense == DenseStorage::kPlanes ? "int8" : "bf16",
-      ", inputs ", options_.activations == Activations::kFloat ? "float" : "int8",
-      ", probe tokens ", CountTokens(sequences));
+  const std::string key = absl::StrCat(CalibrationKey(), ", dense ",
+                                       options_.dense == DenseStorage::kPlanes ? "int8" : "bf16",
+                                       ", inputs float, probe tokens ", CountTokens(sequences));
   NESTOR_ASSIGN_OR_RETURN(ProbeLog log,
                           ProbeLog::Open(calibration_directory_ + "/probes.jsonl", key));
   NESTOR_RETURN_IF_ERROR(model->SetProbes(ProbeLevels(probes, num_layers)));
-  NESTOR_ASSIGN_OR_RETURN(const std::unique_ptr<Engine> engine,
-                          OpenEngine(std::move(model), options_.make_backend, kWindowTokens));
+  NESTOR_ASSIGN_OR_RETURN(const std::unique_ptr<Engine> engine, OpenToCompare(std::move(model)));
   report_.probes = std::ssize(probes);
   NESTOR_ASSIGN_OR_RETURN(report_.resumed_probes,
                           MeasureProbes(engine.get(), sequences, &probes, &log));
@@ -855,7 +860,8 @@ absl::StatusOr<std::vector<Level>> Compression::ChooseLevels() {
 }
 
 absl::Status Compression::CompareLosses(const std::vector<Level>& levels) {
-  NESTOR_ASSIGN_OR_RETURN(const std::unique_ptr<Engine> engine, OpenParts(levels));
+  NESTOR_ASSIGN_OR_RETURN(std::unique_ptr<NestedModel> model, OpenModel(levels));
+  NESTOR_ASSIGN_OR_RETURN(const std::unique_ptr<Engine> engine, OpenToCompare(std::move(model)));
   const TokenSequences sequences = ProbeText();
   Progress progress("Comparing losses", std::ssize(levels) * CountTokens(sequences));
   const int full = static_cast<int>(levels.size()) - 1;
@@ -944,6 +950,12 @@ absl::StatusOr<std::unique_ptr<NestedModel>> Compression::OpenModel(
 
 absl::StatusOr<std::unique_ptr<Engine>> Compression::OpenParts(std::vector<Level> levels) const {
   NESTOR_ASSIGN_OR_RETURN(std::unique_ptr<NestedModel> model, OpenModel(std::move(levels)));
+  return OpenEngine(std::move(model), options_.make_backend, kWindowTokens);
+}
+
+absl::StatusOr<std::unique_ptr<Engine>> Compression::OpenToCompare(
+    std::unique_ptr<NestedModel> model) const {
+  model->SetFloatActivations(std::vector<bool>(source_->layers().size(), true));
   return OpenEngine(std::move(model), options_.make_backend, kWindowTokens);
 }
 
