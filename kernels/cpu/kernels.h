@@ -75,6 +75,10 @@ struct CpuKernels {
   // Bound: 288 (544) bytes and 1,024 (2,048) integer multiply-adds a group and row.
   void (*planes)(const uint8_t* coarse, const uint8_t* fine, int64_t groups,
                  const QuantisedRow* rows, int num_rows, float* out);
+  // As `planes` of a coarse and a middle panel: 416 bytes a group. Null where the middle one is
+  // made a fine one first.
+  void (*middle_planes)(const uint8_t* coarse, const uint8_t* middle, int64_t groups,
+                        const QuantisedRow* rows, int num_rows, float* out) = nullptr;
   // The fine panel that a middle one means (middle_plane.h): 384 bytes a group, read and written.
   void (*fine_from_middle)(const uint8_t* middle, int64_t groups, uint8_t* fine);
   // z[i] = one row of A times rows[i], i < num_rows.

@@ -140,10 +140,40 @@ inline void MultiplyHalf(const uint8_t* half, const int8_t* const* codes, __m256
   }
 }
 
-template <int T, bool kHasFine>
-void PlanesTile(const uint8_t* coarse, const uint8_t* fine, int64_t groups,
+// The same of a middle plane, whose lines hold the codes of two lines each: at most 3 * 127 * 16.
+template <int T>
+inline void MultiplyMiddleHalf(const uint8_t* half, const int8_t* const* codes, __m256i* sums) {
+  const __m256i pair = _mm256_set1_epi8(0x03);
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) sums[t] = _mm256_setzero_si256();
+#pragma GCC unroll 2
+  for (int k = 0; k < 2; ++k) {
+    const __m256i v = _mm256_load_si256(reinterpret_cast<const __m256i*>(half + k * kLineBytes));
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      const int c = 2 * k + i;
+      const __m256i low = _mm256_and_si256(_mm256_srli_epi16(v, 4 * i), pair);
+      const __m256i high = _mm256_and_si256(_mm256_srli_epi16(v, 4 * i + 2), pair);
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) {
+        const __m256i x_low = Broadcast4(codes[t] + 4 * c);
+        const __m256i x_high = Broadcast4(codes[t] + 16 + 4 * c);
+        sums[t] = _mm256_add_epi16(sums[t], _mm256_add_epi16(_mm256_maddubs_epi16(low, x_low),
+                                                             _mm256_maddubs_epi16(high, x_high)));
+      }
+    }
+  }
+}
+
+// What refines the coarse plane.
+enum class Below { kNothing, kMiddle, kFine };
+
+template <int T, Below kBelow>
+void PlanesTile(const uint8_t* coarse, const uint8_t* below, int64_t groups,
                 const QuantisedRow* rows, float* out) {
-  const __m256i ones = _mm256_set1_epi16(1);
+  constexpr bool kHasFine = kBelow == Below::kFine;
+  constexpr bool kHasMiddle = kBelow == Below::kMiddle;
+  const __m256i steps = _mm256_set1_epi16(kHasMiddle ? 4 : 1);
   const __m256i sixteens = _mm256_set1_epi16(16);
   __m256 sums[2][T];
 #pragma GCC unroll 8
@@ -161,26 +191,34 @@ void PlanesTile(const uint8_t* coarse, const uint8_t* fine, int64_t groups,
 #pragma GCC unroll 8
         for (int t = 0; t < T; ++t) dots[t] = _mm256_madd_epi16(hi[t], sixteens);
       }
-      if (kHasFine) {
+      if (kBelow != Below::kNothing) {
         __m256i lo[T];
-        MultiplyHalf<T>(fine + half * 32, codes, lo);
+        if (kHasMiddle) {
+          MultiplyMiddleHalf<T>(below + half * 32, codes, lo);
+        } else {
+          MultiplyHalf<T>(below + half * 32, codes, lo);
+        }
 #pragma GCC unroll 8
         for (int t = 0; t < T; ++t)
-          dots[t] = _mm256_add_epi32(dots[t], _mm256_madd_epi16(lo[t], ones));
+          dots[t] = _mm256_add_epi32(dots[t], _mm256_madd_epi16(lo[t], steps));
       }
       const __m256 weight_scales =
           FloatsFromBfloat16(reinterpret_cast<const uint16_t*>(coarse + kCodeBytes) + 8 * half);
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) {
-        // Both codes are stored plus 8: 16 * 8 (+ 8) times the sum of the inputs is too much.
-        const int32_t offset = rows[t].offsets[g] + (kHasFine ? rows[t].offsets[g] / 16 : 0);
+        // Both codes are stored plus 8: 16 * 8 (+ 8) times the sum of the inputs is too much; the
+        // middle one's zero is at 6.
+        int32_t offset = rows[t].offsets[g];
+        if (kHasFine) offset += rows[t].offsets[g] / 16;
+        if (kHasMiddle) offset += rows[t].offsets[g] / 64 * 3;
         const __m256 dot = _mm256_cvtepi32_ps(_mm256_add_epi32(dots[t], _mm256_set1_epi32(offset)));
         const __m256 scales = _mm256_mul_ps(weight_scales, _mm256_set1_ps(rows[t].scales[g]));
         sums[half][t] = _mm256_fmadd_ps(dot, scales, sums[half][t]);
       }
     }
     coarse += kCoarseGroupBytes;
-    if (kHasFine) fine += kFineGroupBytes;
+    if (kHasFine) below += kFineGroupBytes;
+    if (kHasMiddle) below += kMiddleGroupBytes;
   }
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t) {
@@ -190,23 +228,28 @@ void PlanesTile(const uint8_t* coarse, const uint8_t* fine, int64_t groups,
   }
 }
 
-template <bool kHasFine>
-void PlanesRows(const uint8_t* coarse, const uint8_t* fine, int64_t groups,
+template <Below kBelow>
+void PlanesRows(const uint8_t* coarse, const uint8_t* below, int64_t groups,
                 const QuantisedRow* rows, int num_rows, float* out) {
   for (; num_rows >= 4; num_rows -= 4, rows += 4)
-    PlanesTile<4, kHasFine>(coarse, fine, groups, rows, out);
-  if (num_rows == 3) PlanesTile<3, kHasFine>(coarse, fine, groups, rows, out);
-  if (num_rows == 2) PlanesTile<2, kHasFine>(coarse, fine, groups, rows, out);
-  if (num_rows == 1) PlanesTile<1, kHasFine>(coarse, fine, groups, rows, out);
+    PlanesTile<4, kBelow>(coarse, below, groups, rows, out);
+  if (num_rows == 3) PlanesTile<3, kBelow>(coarse, below, groups, rows, out);
+  if (num_rows == 2) PlanesTile<2, kBelow>(coarse, below, groups, rows, out);
+  if (num_rows == 1) PlanesTile<1, kBelow>(coarse, below, groups, rows, out);
 }
 
 void Planes(const uint8_t* coarse, const uint8_t* fine, int64_t groups, const QuantisedRow* rows,
             int num_rows, float* out) {
   if (fine != nullptr) {
-    PlanesRows<true>(coarse, fine, groups, rows, num_rows, out);
+    PlanesRows<Below::kFine>(coarse, fine, groups, rows, num_rows, out);
   } else {
-    PlanesRows<false>(coarse, fine, groups, rows, num_rows, out);
+    PlanesRows<Below::kNothing>(coarse, fine, groups, rows, num_rows, out);
   }
+}
+
+void MiddlePlanes(const uint8_t* coarse, const uint8_t* middle, int64_t groups,
+                  const QuantisedRow* rows, int num_rows, float* out) {
+  PlanesRows<Below::kMiddle>(coarse, middle, groups, rows, num_rows, out);
 }
 
 // ---- factors ----
@@ -728,6 +771,7 @@ CpuKernels MakeKernels() {
   CpuKernels kernels = {.instruction_set = CpuInstructionSet::kAvx2,
                         .quantise = Quantise,
                         .planes = Planes,
+                        .middle_planes = MiddlePlanes,
                         .fine_from_middle = FineFromMiddle,
                         .factor_a = FactorA,
                         .factor_b = FactorB,

@@ -415,9 +415,14 @@ void LinearRunner::RunPanels(const PartPlan& plan, int64_t unit, float* sums, Th
                        plan.num_coarse, out);
     }
     if (plan.num_middle > 0) {
-      kernels_->fine_from_middle(layer.MiddlePanel(panel), layer.groups(), state->fine.data());
-      kernels_->planes(layer.CoarsePanel(panel), state->fine.data(), layer.groups(), plan.middle,
-                       plan.num_middle, out);
+      if (kernels_->middle_planes != nullptr) {
+        kernels_->middle_planes(layer.CoarsePanel(panel), layer.MiddlePanel(panel), layer.groups(),
+                                plan.middle, plan.num_middle, out);
+      } else {
+        kernels_->fine_from_middle(layer.MiddlePanel(panel), layer.groups(), state->fine.data());
+        kernels_->planes(layer.CoarsePanel(panel), state->fine.data(), layer.groups(), plan.middle,
+                         plan.num_middle, out);
+      }
       executed->weight_bytes += outputs * layer.middle_output_bytes();
     }
     if (plan.num_planes > 0) {  // the coarse panel is in the cache if it was needed before
