@@ -222,7 +222,7 @@ def draw_level_ranks(axis, report, level, roles, blocks, highest):
         if layer["block"] < 0:
             head = form if form in ("dense", "middle") else f"{rank}"
         elif form != "dense":
-            value = float("inf") if form == "middle" else rank
+            value = 2 * highest if form == "middle" else rank  # infinity would be masked
             grid[layer["block"]][roles.index(layer["role"])] = value
     cmap = plt.get_cmap("viridis").copy()
     cmap.set_bad("0.82")  # dense
@@ -231,7 +231,7 @@ def draw_level_ranks(axis, report, level, roles, blocks, highest):
     if blocks * len(roles) <= 100:
         for block, row in enumerate(grid):
             for column, value in enumerate(row):
-                is_dense, is_middle = value != value, value == float("inf")
+                is_dense, is_middle = value != value, value > highest
                 shade = "black" if value > 0.6 * highest else "white"
                 axis.text(
                     column,
