@@ -118,6 +118,19 @@ inline __m256i Broadcast4(const int8_t* codes) {
   return _mm256_set1_epi32(bits);
 }
 
+// Codes of inputs 4 c and 16 + 4 c on, of 8 outputs, times those of T rows.
+template <int T>
+inline void AddProducts(__m256i low, __m256i high, const int8_t* const* codes, int c,
+                        __m256i* sums) {
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) {
+    const __m256i x_low = Broadcast4(codes[t] + 4 * c);
+    const __m256i x_high = Broadcast4(codes[t] + 16 + 4 * c);
+    sums[t] = _mm256_add_epi16(sums[t], _mm256_add_epi16(_mm256_maddubs_epi16(low, x_low),
+                                                         _mm256_maddubs_epi16(high, x_high)));
+  }
+}
+
 // Sums over a group of one plane for 8 outputs and T rows, in 16 bits: at most 15 * 127 * 2 inputs
 // of a pair * 8 chunks = 30,480.
 template <int T>
@@ -130,13 +143,7 @@ inline void MultiplyHalf(const uint8_t* half, const int8_t* const* codes, __m256
     const __m256i v = _mm256_load_si256(reinterpret_cast<const __m256i*>(half + c * kLineBytes));
     const __m256i low = _mm256_and_si256(v, nibble);
     const __m256i high = _mm256_and_si256(_mm256_srli_epi16(v, 4), nibble);
-#pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) {
-      const __m256i x_low = Broadcast4(codes[t] + 4 * c);
-      const __m256i x_high = Broadcast4(codes[t] + 16 + 4 * c);
-      sums[t] = _mm256_add_epi16(sums[t], _mm256_add_epi16(_mm256_maddubs_epi16(low, x_low),
-                                                           _mm256_maddubs_epi16(high, x_high)));
-    }
+    AddProducts<T>(low, high, codes, c, sums);
   }
 }
 
@@ -154,13 +161,7 @@ inline void MultiplyMiddleHalf(const uint8_t* half, const int8_t* const* codes, 
       const int c = 2 * k + i;
       const __m256i low = _mm256_and_si256(_mm256_srli_epi16(v, 4 * i), pair);
       const __m256i high = _mm256_and_si256(_mm256_srli_epi16(v, 4 * i + 2), pair);
-#pragma GCC unroll 8
-      for (int t = 0; t < T; ++t) {
-        const __m256i x_low = Broadcast4(codes[t] + 4 * c);
-        const __m256i x_high = Broadcast4(codes[t] + 16 + 4 * c);
-        sums[t] = _mm256_add_epi16(sums[t], _mm256_add_epi16(_mm256_maddubs_epi16(low, x_low),
-                                                             _mm256_maddubs_epi16(high, x_high)));
-      }
+      AddProducts<T>(low, high, codes, c, sums);
     }
   }
 }

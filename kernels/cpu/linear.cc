@@ -68,7 +68,7 @@ float* LinearRunner::OutputRow(const LinearPart& part, int64_t row) {
 }
 
 void LinearRunner::PrepareFor(const PackedLinear& layer) {
-  if (layer.middle == nullptr) return;
+  if (layer.middle == nullptr || kernels_->middle_planes != nullptr) return;
   for (ThreadState& thread : threads_) thread.fine.GrowTo(layer.groups() * kFineGroupBytes);
 }
 
