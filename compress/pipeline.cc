@@ -195,8 +195,9 @@ class Compression {
   TokenSequences FirstSequences(int64_t tokens) const;
   absl::StatusOr<std::unique_ptr<NestedModel>> OpenModel(std::vector<Level> levels) const;
   absl::StatusOr<std::unique_ptr<Engine>> OpenParts(std::vector<Level> levels) const;
-  // The same, or any model, with inputs that stay floats. Whatever a layer changes, later inputs
-  // round to int8 otherwise, which alone diverges as much as most layers do (docs/ladders.md).
+  // An engine whose inputs stay floats, for outputs that are compared with each other. Whatever a
+  // layer changes, later inputs round to int8 otherwise, which alone diverges as much as most
+  // layers do (docs/ladders.md).
   absl::StatusOr<std::unique_ptr<Engine>> OpenToCompare(std::unique_ptr<NestedModel> model) const;
   absl::Status ChooseActivations(const std::vector<Level>& levels);
   absl::StatusOr<std::vector<Level>> MeasureLevels(std::vector<Level> levels);
@@ -622,9 +623,9 @@ absl::Status Compression::ProbeLayers() {
                           LayerTimes::Measure(*model, options_.make_backend, options_.search.rows));
 
   const TokenSequences sequences = ProbeText();
-  const std::string key = absl::StrCat(CalibrationKey(), ", dense ",
-                                       options_.dense == DenseStorage::kPlanes ? "int8" : "bf16",
-                                       ", inputs float, probe tokens ", CountTokens(sequences));
+  const std::string key = absl::StrCat(
+      CalibrationKey(), ", dense ", options_.dense == DenseStorage::kPlanes ? "int8" : "bf16",
+      ", planes 2, inputs float, probe tokens ", CountTokens(sequences));
   NESTOR_ASSIGN_OR_RETURN(ProbeLog log,
                           ProbeLog::Open(calibration_directory_ + "/probes.jsonl", key));
   NESTOR_RETURN_IF_ERROR(model->SetProbes(ProbeLevels(probes, num_layers)));
@@ -701,9 +702,11 @@ LayerOptions Compression::OptionsOf(const LadderPlan& ladder, bool may_be_gar) c
     }
     // Plain factors below the least rank of a gar pair may cost more than that pair, and above
     // break-even more than the dense layer.
-    const auto is_beaten_by = [](const LayerOption& option, const LayerOption& other) {
-      const bool is_after_ranks =
-          option.choice.form == Form::kResidual && other.choice.form == Form::kMiddle;
+    const auto is_beaten_by = [&](const LayerOption& option, const LayerOption& other) {
+      // One rank for all layers knows no middle plane that could take the place of ranks.
+      const bool is_after_ranks = ladder.search != RankSearch::kEven &&
+                                  option.choice.form == Form::kResidual &&
+                                  other.choice.form == Form::kMiddle;
       const bool is_larger = other.choice.form == option.choice.form
                                  ? other.choice.rank > option.choice.rank
                                  : other.choice.form == Form::kDense || is_after_ranks;

@@ -10,7 +10,8 @@ namespace nestor {
 
 class ErrorFeedback;
 
-// One weight matrix split into two 4-bit planes: w = s (16 hi + lo), q = 16 hi + lo in [-128, 119].
+// One weight matrix split into two 4-bit planes: w = s (16 hi + lo), q = 16 hi + lo in [-128, 119];
+// and two bits that refine the coarse one on their own.
 struct Planes {
   int64_t out = 0;
   int64_t in = 0;

@@ -32,7 +32,8 @@ std::optional<SearchResult> SearchWithin(const LayerOptions& options, int64_t ma
 // An AllocateFunction: the nested chain of best choices. Each target in turn is an anchor, solved
 // freely, and its neighbours up and down are solved among what is nested with it; the chain that
 // departs least from the free solutions of all targets (in the sum of log errors) is taken. Options
-// may be of several forms: a layer keeps its form along the chain until it is dense.
+// may be of several forms: a layer keeps its form along the chain until it is dense, but that the
+// middle plane may come between.
 std::vector<Profile> AllocateBySearch(const LayerOptions& options,
                                       std::span<const int64_t> targets);
 

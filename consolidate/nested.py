@@ -281,7 +281,7 @@ class NestedModel(nn.Module):
         for i, nested in enumerate(self.nested):
             for level in levels:
                 form = self.artifact.levels[level].forms[i]
-                if form != "dense":
+                if form in ("residual", "prefix"):
                     getattr(nested, f"{form}_a").requires_grad_()
                     getattr(nested, f"{form}_bt").requires_grad_()
 

@@ -348,6 +348,11 @@ absl::Status NestedModel::ReadMiddlePlane(size_t layer, const Json& json) {
                                                      stated.dump(), ", expected true or false"));
   }
   has_middle_.push_back(stated.get<bool>());
+  if (has_middle_.back() && !has_coarse_plane_) {
+    return DescriptionError(directory_, absl::StrCat("layers[", layer,
+                                                     "].middle_plane: true, but the artifact has "
+                                                     "no coarse plane"));
+  }
   return absl::OkStatus();
 }
 

@@ -21,7 +21,7 @@ struct FormAndRank {
 };
 
 // True where a layer may be at `low` on one level and at `high` on the next one of its ladder. A
-// gar pair is a prefix of its rank.
+// gar pair is a prefix of its rank; the middle plane follows any rank of a residual.
 bool IsNested(const FormAndRank& low, const FormAndRank& high);
 
 // One form and rank for every layer, in the order of LayersOf.

@@ -51,7 +51,7 @@ class LevelRaiser {
   const Backend* const backend_;
   // FLOPs of a row by level.
   struct RowWork {
-    double dense = 0;   // of both planes or dense weights
+    double dense = 0;   // of both planes, the coarse and the middle one, or dense weights
     double coarse = 0;  // of the coarse plane alone
     double factors = 0;
   };

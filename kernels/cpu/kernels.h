@@ -15,6 +15,7 @@ enum class ActivationKind : uint8_t;  // kernels/backend.h
 // Layouts ("line" is 64 bytes; packed_linear.h says how they are filled):
 //   coarse panel  16 outputs: [groups] x {4 lines of codes, 16 bf16 scales} = 288 bytes each
 //   fine panel    16 outputs: [groups] x 4 lines of codes = 256 bytes each
+//   middle panel  16 outputs: [groups] x 2 lines (middle_plane.h) = 128 bytes each
 //     A line c holds for each output o and i < 4, at byte 4 o + i, the code of input 4 c + i in the
 //     low nibble and of input 16 + 4 c + i in the high one, each plus 8.
 //   B panel       32 outputs: [rank / 2][32][2] int8, pairs of components, and [rank] bf16 scales

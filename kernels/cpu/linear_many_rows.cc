@@ -164,11 +164,7 @@ void LinearRunner::RunAllPanels(const LinearCall& call) {
 bool LinearRunner::RunsInCodes(const LinearCall& call, std::span<const PackedLinear> layers) const {
   for (const LinearPart& part : call.parts) {
     for (const RowGroup& group : part.groups) {
-      const PackedLinear& layer = layers[part.layer];
-      const bool is_dense = group.form == Form::kDense;
-      const Arithmetic arithmetic =
-          is_dense ? ArithmeticOf(layer, group.form) : ArithmeticOfPlanes(layer);
-      if (arithmetic != Arithmetic::kInt8) return false;
+      if (ArithmeticOf(layers[part.layer], group.form) != Arithmetic::kInt8) return false;
     }
   }
   return true;

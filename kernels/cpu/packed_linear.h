@@ -48,7 +48,8 @@ struct PackedGar {
   const int32_t* rows = nullptr;  // [out], the pivots first
 };
 
-// One linear layer in the CPU's own layout, one copy of every weight (kernels.h describes the
+// One linear layer in the CPU's own layout, one copy of every weight, but for what
+// the middle plane repeats (kernels.h describes the
 // panels). Plain pointers into the arena that it was packed into.
 struct PackedLinear {
   int64_t out = 0;
