@@ -20,6 +20,10 @@ constexpr int64_t kBytesPerZPiece = int64_t{8} << 10;
 // A large A is read in long streams instead.
 constexpr int64_t kZPiecesPerThread = 8;
 constexpr int kPollsBeforeYield = 10000;
+// Whose z factor_b rounds at once.
+constexpr int64_t kRowsOfScaledZ = 4;
+// Parts that room is made for when layers are loaded: q, k and v. More of them are fine.
+constexpr int64_t kPartsOfACall = 3;
 
 int64_t RoundUp(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
@@ -68,8 +72,21 @@ float* LinearRunner::OutputRow(const LinearPart& part, int64_t row) {
 }
 
 void LinearRunner::PrepareFor(const PackedLinear& layer) {
-  if (layer.middle == nullptr || kernels_->middle_planes != nullptr) return;
-  for (ThreadState& thread : threads_) thread.fine.GrowTo(layer.groups() * kFineGroupBytes);
+  int64_t z_size = PaddedToGroup(layer.residual.max_rank) + PaddedToGroup(layer.prefix.max_rank);
+  int64_t max_rank = std::max(layer.residual.max_rank, layer.prefix.max_rank);
+  for (const PackedGar& pair : layer.gar) {
+    z_size += PaddedToGroup(pair.factors.max_rank);
+    max_rank = std::max(max_rank, pair.factors.max_rank);
+  }
+  z_.GrowTo(kPartsOfACall * kMaxFewRows * z_size);
+  input_codes_.GrowTo(kMaxFewRows * CodeStride(layer.in));
+  plans_.resize(std::max<size_t>(plans_.size(), kPartsOfACall));
+  for (PartPlan& plan : plans_) plan.all_stages.reserve(2 + layer.gar.size());
+  const bool unpacks_middle = layer.middle != nullptr && kernels_->middle_planes == nullptr;
+  for (ThreadState& thread : threads_) {
+    thread.scaled_z.GrowTo(kRowsOfScaledZ * PaddedToGroup(max_rank));
+    if (unpacks_middle) thread.fine.GrowTo(layer.groups() * kFineGroupBytes);
+  }
 }
 
 void LinearRunner::Run(const LinearCall& call, std::span<const PackedLinear> layers) {
@@ -195,7 +212,7 @@ void LinearRunner::RunFewRows(const LinearCall& call) {
     units += NumGroups(plans_[i].layer->out);
     weights += plans_[i].layer->out * plans_[i].layer->in;
   }
-  for (ThreadState& thread : threads_) thread.scaled_z.GrowTo(4 * max_stride);
+  for (ThreadState& thread : threads_) thread.scaled_z.GrowTo(kRowsOfScaledZ * max_stride);
   num_z_pieces_ = std::min(num_components_,
                            std::min<int64_t>(1 + num_components_ * call.in.cols / kBytesPerZPiece,
                                              kZPiecesPerThread * pool_->num_threads()));

@@ -49,7 +49,8 @@ class LinearRunner {
   // Both must outlive the runner.
   LinearRunner(const CpuKernels* kernels, ThreadPool* pool);
 
-  // Makes room for what `layer` may need, whatever the first calls run it as. Before it is run.
+  // Makes room for what up to kMaxFewRows rows of `layer` may need, at any level: the first step at
+  // a level that no step ran before allocates nothing. Before it is run.
   void PrepareFor(const PackedLinear& layer);
   void Run(const LinearCall& call, std::span<const PackedLinear> layers);
   // An MLP of many rows whose parts all run in int8: every 32 outputs of its first half become

@@ -136,6 +136,11 @@ class Streams {
     return true;
   }
 
+  // From the next step on, all of them.
+  void SetLevel(int level) {
+    for (StepEntry& entry : plan_.entries) entry.level = level;
+  }
+
   // Of steps after the first three, all together.
   int64_t AllocationsOfSteadySteps(int count) {
     bool is_ok = Step() && Step() && Step();
@@ -229,6 +234,21 @@ TEST_F(AllocationTest, OneStreamLessDoesNotAllocate) {
   for (const size_t count : {32, 31, 12, 4}) {
     Streams streams(engine.get(), {.levels = MixedLevels(*engine, count)});
     EXPECT_EQ(streams.AllocationsOfSteadySteps(5), 0) << count << " streams";
+  }
+}
+
+// A scheduler changes levels whenever it likes, a speculation policy those of its drafts.
+TEST_F(AllocationTest, TheFirstStepAtAnotherLevelDoesNotAllocate) {
+  for (const size_t count : {1, 5}) {
+    const auto engine = MakeEngine({.num_threads = 2});
+    Streams streams(engine.get(), {.levels = std::vector<int>(count, 0)});
+    EXPECT_EQ(streams.AllocationsOfSteadySteps(2), 0);
+    for (int level = 1; level < static_cast<int>(engine->model().levels().size()); ++level) {
+      streams.SetLevel(level);
+      const int64_t before = NumAllocations();
+      EXPECT_TRUE(streams.Step());
+      EXPECT_EQ(NumAllocations() - before, 0) << "level " << level << ", " << count << " streams";
+    }
   }
 }
 
