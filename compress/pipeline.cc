@@ -115,7 +115,7 @@ Json SpectraOf(const LinearSpec& layer, const LayerParts& parts) {
   for (const std::vector<LayerOption>* options : {&parts.residual_options, &parts.prefix_options}) {
     for (const LayerOption& option : *options) {
       Form form = option.choice.form;
-      if (form == Form::kDense || form == Form::kMiddle) continue;
+      if (!HasRanks(form)) continue;
       if (form == Form::kGar) form = Form::kPrefix;  // the same function of the rank
       Json& spectrum = spectra[NameOf(form)];
       spectrum["ranks"].push_back(option.choice.rank);

@@ -42,8 +42,7 @@ std::vector<LayerOption> ProbeOptions(const LayerOptions& options, int64_t rank_
     // Dense and middle have rank 0 too, so they are taken only where there is nothing else.
     const auto distance = [&](const LayerOption& option) {
       const Form form = option.choice.form;
-      return std::pair(form == Form::kDense || form == Form::kMiddle,
-                       std::llabs(option.choice.rank - limit));
+      return std::pair(!HasRanks(form), std::llabs(option.choice.rank - limit));
     };
     probes.push_back(*std::min_element(
         layer.begin(), layer.end(),

@@ -175,16 +175,15 @@ std::vector<PricedChoice> ChoicesBetween(const LinearSpec& layer, DenseStorage d
   };
   std::vector<PricedChoice> choices = {priced(low)};
   if (low.form == Form::kGar || low.form == Form::kDense) return choices;
-  const bool has_nested_ranks = low.form != Form::kMiddle;
   // What follows the last rank: the middle plane, the dense weights, or both.
   std::vector<PricedChoice> after;
   if (low.form == Form::kResidual && has_middle && high.form == Form::kDense) {
     after.push_back(priced({Form::kMiddle, 0}));
   }
-  if (high.form == Form::kDense || high.form == Form::kMiddle) after.push_back(priced(high));
+  if (!HasRanks(high.form)) after.push_back(priced(high));
   if (high.form != low.form && after.empty()) return choices;  // a pair above a prefix
   const int64_t last_rank = after.empty() ? high.rank : stored_rank;
-  for (int64_t rank = low.rank; has_nested_ranks && rank < last_rank;) {
+  for (int64_t rank = low.rank; HasRanks(low.form) && rank < last_rank;) {
     rank = std::min((rank / kRankStep + 1) * kRankStep, last_rank);
     const PricedChoice next = priced({low.form, rank});
     if (next.cost > choices.back().cost && (after.empty() || next.cost < after.front().cost)) {

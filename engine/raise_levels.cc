@@ -43,7 +43,7 @@ LevelRaiser::LevelRaiser(const std::vector<LinearSpec>* layers, const std::vecto
       const auto out = static_cast<double>(layers_[i].out);
       const auto in = static_cast<double>(layers_[i].in);
       const auto& [form, rank] = level.profile[i];
-      if (form == Form::kDense || form == Form::kMiddle) work.dense += 2 * out * in;
+      if (!HasRanks(form)) work.dense += 2 * out * in;
       if (form == Form::kResidual) work.coarse += 2 * out * in;
       const double pivots = form == Form::kGar ? static_cast<double>(rank) : 0;
       work.factors += 2 * static_cast<double>(rank) * (out + in - pivots);

@@ -24,6 +24,9 @@ constexpr int64_t PaddedToGroup(int64_t size) { return NumGroups(size) * kGroupS
 //              `rank` of the outputs themselves, and B z the others (FlexRank, arXiv 2602.02680)
 enum class Form : uint8_t { kDense, kResidual, kPrefix, kGar, kMiddle };
 
+// Whether the form runs factors, of some rank.
+constexpr bool HasRanks(Form form) { return form != Form::kDense && form != Form::kMiddle; }
+
 // A pair of nested int8 factors in host memory. Any rank r <= max_rank is the first r rows of `a`
 // and of `bt`: (B_r A_r)[i][j] = sum over k < r of bt[k][i] * a[k][j], each code times its scale.
 struct FactorView {

@@ -603,6 +603,31 @@ class Training(unittest.TestCase):
         model.train_factors(prefix_levels(model))
         self.assertGreater(self.improvement(model, steps=60, learning_rate=1e-2), 0.5)
 
+    def test_residual_factors_train_beside_a_middle_plane(self):
+        model = open_model()
+        levels = [
+            i for i, level in enumerate(model.artifact.levels) if level.ladder == "residual"
+        ]
+        forms = [model.artifact.levels[i].forms for i in levels]
+        self.assertTrue(any("middle" in of_level for of_level in forms))
+        model.train_factors(levels)
+        trained = [n for n, nested in enumerate(model.nested) if nested.residual_a.requires_grad]
+        self.assertEqual(
+            trained,
+            [n for n in range(len(model.nested)) if any(f[n] == "residual" for f in forms)],
+        )
+        objective = FlexRank(model.teacher(), levels)
+        for level, of_level in zip(levels, forms):
+            model.zero_grad()
+            model.set_level(level)
+            [loss] = objective.step(model, level, [Batch(torch.tensor([TOKENS]))], 1.0, map)
+            self.assertTrue(loss.isfinite())
+            for n, nested in enumerate(model.nested):
+                runs = of_level[n] == "residual" and model.artifact.levels[level].ranks[n] > 0
+                gradient = nested.residual_a.grad
+                has_one = gradient is not None and bool(gradient.any())
+                self.assertEqual(has_one, runs, f"level {level}, layer {n}, {of_level[n]}")
+
     def test_a_delta_improves_the_lowest_level_by_a_quarter(self):
         model = open_model()
         ranks = delta.ranks_for(model.artifact, prefix_levels(model), 4)
