@@ -89,7 +89,7 @@ struct CpuKernels {
   // the components' scales is rounded to integers below min(32767, 2^31 / (127 rank)), so that sums
   // are exact in 32 bits. z that is not finite makes every output NaN. `scratch` holds
   // 4 * (rank rounded up to 16) floats; z and scales may be read up to a multiple of 8. `next` is
-  // the panel that will be read after this one: it is brought into the cache meanwhile.
+  // the panel that will be read after this one, which a kernel may fetch meanwhile.
   void (*factor_b)(const int8_t* panel, const int8_t* next, const uint16_t* scales, int64_t rank,
                    const FloatRow* rows, int num_rows, float* scratch, float* out);
   // out[index][0..15] = the panel times each row.
