@@ -24,7 +24,7 @@ constexpr int64_t PaddedToGroup(int64_t size) { return NumGroups(size) * kGroupS
 //              `rank` of the outputs themselves, and B z the others (FlexRank, arXiv 2602.02680)
 enum class Form : uint8_t { kDense, kResidual, kPrefix, kGar, kMiddle };
 
-// Whether the form runs factors, of some rank.
+// Whether a layer of this form runs factors; the others have rank 0.
 constexpr bool HasRanks(Form form) { return form != Form::kDense && form != Form::kMiddle; }
 
 // A pair of nested int8 factors in host memory. Any rank r <= max_rank is the first r rows of `a`

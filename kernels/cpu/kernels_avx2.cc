@@ -59,9 +59,10 @@ __m256i LaneMask(int64_t n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int32_t>(Min(n, 8))), lanes);
 }
 
-// Brings in the lines of `count` bytes that lie `ahead` bytes behind `at`. Panels and components
+// Brings in the lines of `count` bytes that lie `ahead` bytes after `at`. Panels and components
 // follow each other in memory, but the hardware's prefetching of one stream falls a fifth to a
-// third short of what the memory gives. The distances are measured (docs/kernels.md).
+// third short of what the memory gives. Where a rank ends inside a segment of B, some of the rest
+// is fetched for nothing. The distances are measured (docs/kernels.md).
 inline void PrefetchAhead(const void* at, int64_t ahead, int64_t count) {
   const char* const first = static_cast<const char*>(at) + ahead;
 #pragma GCC unroll 8

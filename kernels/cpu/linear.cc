@@ -20,7 +20,7 @@ constexpr int64_t kBytesPerZPiece = int64_t{8} << 10;
 // A large A is read in long streams instead.
 constexpr int64_t kZPiecesPerThread = 8;
 constexpr int kPollsBeforeYield = 10000;
-// Whose z factor_b rounds at once.
+// Rows whose z factor_b rounds at once.
 constexpr int64_t kRowsOfScaledZ = 4;
 // Parts that room is made for when layers are loaded: q, k and v. More of them are fine.
 constexpr int64_t kPartsOfACall = 3;

@@ -43,14 +43,16 @@ struct CodedRows {
 // fastest at: planes and factors in int8, bf16 weights in bf16, or all in fp32. Layers with
 // float_activations go that second way with any number of rows, in fp32.
 //
-// Not thread-safe. Scratch grows to the largest call seen and stays.
+// Not thread-safe. Scratch has room for few rows once layers are
+// prepared for, grows to the largest call seen, and stays.
 class LinearRunner {
  public:
   // Both must outlive the runner.
   LinearRunner(const CpuKernels* kernels, ThreadPool* pool);
 
   // Makes room for what up to kMaxFewRows rows of `layer` may need, at any level: the first step at
-  // a level that no step ran before allocates nothing. Before it is run.
+  // a level that no step ran before allocates nothing, but for layers with float_activations.
+  // Before it is run.
   void PrepareFor(const PackedLinear& layer);
   void Run(const LinearCall& call, std::span<const PackedLinear> layers);
   // An MLP of many rows whose parts all run in int8: every 32 outputs of its first half become
