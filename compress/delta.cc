@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <set>
+#include <span>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -19,7 +20,9 @@ namespace {
 using Json = nlohmann::json;
 
 constexpr const char* kFormat = "nestor-delta";
-constexpr const char* kVersion = "2";
+constexpr const char* kVersion = "3";
+constexpr const char* kTokens = "calibration.tokens";
+constexpr const char* kLengths = "calibration.lengths";
 
 absl::Status DeltaError(const std::string& path, const std::string& what) {
   return absl::InvalidArgumentError(absl::StrCat(path, ": ", what));
@@ -93,17 +96,33 @@ std::vector<Element> Elements(const TensorView& view) {
   return elements;
 }
 
+// Codes of a byte, or of 4 bits: two in a byte, the first in the low half, plus 8.
+std::vector<int8_t> CodesIn(const TensorView& view) {
+  if (view.dtype == DType::kI8) return Elements<int8_t>(view);
+  std::vector<int8_t> codes;
+  for (const std::byte pair : view.bytes) {
+    const int value = std::to_integer<int>(pair);
+    codes.push_back(static_cast<int8_t>((value & 15) - 8));
+    codes.push_back(static_cast<int8_t>((value >> 4) - 8));
+  }
+  return codes;
+}
+
 // One side of a term; `rank` is -1 where any is right.
 absl::StatusOr<FactorCodes> ReadFactor(const TensorFile& file, const std::string& name,
                                        int64_t rank, int64_t size) {
-  NESTOR_ASSIGN_OR_RETURN(const TensorView codes,
-                          TypedTensor(file, name, DType::kI8, {rank, PaddedToGroup(size)}));
+  const auto found = file.tensors().find(name);
+  const bool has_4_bits = found != file.tensors().end() && found->second.dtype == DType::kU8;
+  NESTOR_ASSIGN_OR_RETURN(
+      const TensorView codes,
+      TypedTensor(file, name, has_4_bits ? DType::kU8 : DType::kI8,
+                  {rank, has_4_bits ? PaddedToGroup(size) / 2 : PaddedToGroup(size)}));
   const std::string scales_name = name + "_scales";
   NESTOR_ASSIGN_OR_RETURN(const TensorView scales, TypedTensor(file, scales_name, DType::kBf16,
                                                                {codes.shape[0], NumGroups(size)}));
   FactorCodes factor{.rank = codes.shape[0],
                      .size = size,
-                     .codes = Elements<int8_t>(codes),
+                     .codes = CodesIn(codes),
                      .scales = Elements<uint16_t>(scales)};
   const bool is_finite = std::all_of(factor.scales.begin(), factor.scales.end(), [](uint16_t bits) {
     return std::isfinite(FloatFromBfloat16(bits));
@@ -133,7 +152,7 @@ absl::StatusOr<FactorPair> ReadTerm(const TensorFile& file, const LinearSpec& la
 
 absl::Status CheckTensorsAreOfLayers(const TensorFile& file,
                                      const std::vector<LinearSpec>& layers) {
-  std::set<std::string> known;
+  std::set<std::string> known = {kTokens, kLengths};
   for (const LinearSpec& layer : layers) {
     for (std::string& name : TensorsOf(layer)) known.insert(std::move(name));
   }
@@ -144,6 +163,35 @@ absl::Status CheckTensorsAreOfLayers(const TensorFile& file,
     }
   }
   return absl::OkStatus();
+}
+
+absl::StatusOr<TokenSequences> CalibrationIn(const TensorFile& file, int64_t vocabulary) {
+  if (!file.Has(kTokens) && !file.Has(kLengths)) return TokenSequences();
+  NESTOR_ASSIGN_OR_RETURN(const TensorView tokens_view,
+                          TypedTensor(file, kTokens, DType::kI32, {-1}));
+  NESTOR_ASSIGN_OR_RETURN(const TensorView lengths_view,
+                          TypedTensor(file, kLengths, DType::kI32, {-1}));
+  const std::vector<int32_t> tokens = Elements<int32_t>(tokens_view);
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    if (tokens[i] >= 0 && tokens[i] < vocabulary) continue;
+    return DeltaError(file.paths()[0], absl::StrCat("tensor ", kTokens, "[", i, "]: ", tokens[i],
+                                                    ", expected a token of ", vocabulary));
+  }
+  TokenSequences sequences;
+  auto next = tokens.begin();
+  for (const int32_t length : Elements<int32_t>(lengths_view)) {
+    if (length < 1 || length > kWindowTokens || length > tokens.end() - next) {
+      return DeltaError(file.paths()[0],
+                        absl::StrCat("tensor ", kLengths, "[", sequences.size(), "]: ", length,
+                                     ", expected 1 to ", kWindowTokens, " of the ",
+                                     tokens.end() - next, " tokens that are left"));
+    }
+    sequences.emplace_back(next, next + length);
+    next += length;
+  }
+  if (next == tokens.end()) return sequences;
+  return DeltaError(file.paths()[0], absl::StrCat("tensor ", kTokens, ": ", tokens.end() - next,
+                                                  " more than ", kLengths, " add up to"));
 }
 
 absl::StatusOr<Profile> ProfileFrom(const Json& json, const std::vector<LinearSpec>& layers) {
@@ -193,7 +241,7 @@ absl::Status PutBefore(const FactorCodes& term, const std::string& name, TensorS
 }  // namespace
 
 absl::StatusOr<Delta> ReadDelta(const std::string& path, const std::string& source_sha256,
-                                const std::vector<LinearSpec>& layers) {
+                                const std::vector<LinearSpec>& layers, int64_t vocabulary) {
   NESTOR_ASSIGN_OR_RETURN(const std::unique_ptr<TensorFile> file, TensorFile::Open({path}));
   NESTOR_RETURN_IF_ERROR(CheckOrigin(*file, source_sha256));
   NESTOR_RETURN_IF_ERROR(CheckLayers(*file, layers));
@@ -218,15 +266,24 @@ absl::StatusOr<Delta> ReadDelta(const std::string& path, const std::string& sour
     }
     delta.profiles.push_back(*std::move(profile));
   }
-  const auto calibration = file->metadata().find("calibration");
-  if (calibration != file->metadata().end()) {
-    const Json parsed = Json::parse(calibration->second, nullptr, /*allow_exceptions=*/false);
-    if (!parsed.is_object()) {
-      return DeltaError(path, "metadata calibration: expected an object as JSON");
-    }
-    delta.calibration = parsed.dump();
-  }
+  NESTOR_ASSIGN_OR_RETURN(delta.calibration, CalibrationIn(*file, vocabulary));
   return delta;
+}
+
+absl::Status WriteCalibrationTokens(const TokenSequences& sequences, const std::string& path) {
+  std::vector<int32_t> tokens;
+  std::vector<int32_t> lengths;
+  for (const std::vector<int32_t>& sequence : sequences) {
+    tokens.insert(tokens.end(), sequence.begin(), sequence.end());
+    lengths.push_back(static_cast<int32_t>(sequence.size()));
+  }
+  NESTOR_ASSIGN_OR_RETURN(
+      const std::unique_ptr<TensorFileWriter> writer,
+      TensorFileWriter::Create(path, {{"tokens", DType::kI32, {std::ssize(tokens)}},
+                                      {"lengths", DType::kI32, {std::ssize(lengths)}}}));
+  NESTOR_RETURN_IF_ERROR(writer->Write("tokens", std::as_bytes(std::span(tokens))));
+  NESTOR_RETURN_IF_ERROR(writer->Write("lengths", std::as_bytes(std::span(lengths))));
+  return writer->Finish();
 }
 
 absl::Status ApplyDelta(const Delta& delta, const std::vector<LinearSpec>& layers,

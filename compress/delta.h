@@ -5,6 +5,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "compress/corpus.h"
 #include "compress/export.h"
 #include "compress/layer.h"
 #include "engine/model_spec.h"
@@ -21,17 +22,22 @@ struct Delta {
   // Forms dense and prefix, of any rank that a gar pair may have; nested, cheapest first.
   std::vector<Profile> profiles;
   std::vector<FactorPair> terms;  // by layer; of rank 0 where it has none
-  // Of the artifact whose factors it was trained beside, as nested.json states it, JSON; empty
-  // where the file does not say.
-  std::string calibration;
+  // What the factors were calibrated on that it was trained beside: its terms fit what those leave
+  // out. Empty where the terms are whole factors, which do not care.
+  TokenSequences calibration;
 };
 
-// Reads a delta that consolidate/ wrote. `source_sha256` and `layers` are those of the checkpoint
-// that it is meant for. INVALID_ARGUMENT names the file, what does not fit (another checkpoint, a
-// tensor's type or shape, a scale that is not finite, a rank that no pair has) and what was
-// expected.
+// Reads a delta that consolidate/ wrote. `source_sha256`, `layers` and `vocabulary` are those of
+// the checkpoint that it is meant for. INVALID_ARGUMENT names the file, what does not fit (another
+// checkpoint, a tensor's type or shape, a scale that is not finite, a rank that no pair has, a
+// token that is none) and what was expected.
 absl::StatusOr<Delta> ReadDelta(const std::string& path, const std::string& source_sha256,
-                                const std::vector<LinearSpec>& layers);
+                                const std::vector<LinearSpec>& layers, int64_t vocabulary);
+
+// Writes what an artifact was calibrated on that is to be trained, a file of two I32 tensors:
+// `tokens`, of all sequences one after the other, and `lengths`. consolidate/ puts them into the
+// delta.
+absl::Status WriteCalibrationTokens(const TokenSequences& sequences, const std::string& path);
 
 // Puts the terms before the prefix factors in `spill`, whose last components make room.
 absl::Status ApplyDelta(const Delta& delta, const std::vector<LinearSpec>& layers,

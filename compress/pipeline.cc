@@ -153,6 +153,8 @@ class Compression {
   absl::Status CheckGarLevels(int64_t count) const;
   absl::Status CheckSearch() const;
   absl::Status OpenSource();
+  // Takes what the delta's factors were calibrated on in place of the text.
+  void CalibrateAsDelta();
   void PlanLadders();
   absl::Status Calibrate();
   absl::Status CompressLayers();
@@ -175,7 +177,6 @@ class Compression {
   std::vector<Profile> ProfilesOfDelta(const LadderPlan& ladder);
   // What nested.json says of it.
   Json CalibrationOrigin() const;
-  void NoteOtherCalibration();
   absl::StatusOr<std::vector<Level>> ChooseLevels();
   absl::Status CompareLosses(const std::vector<Level>& levels);
   absl::Status RefitPrefix(const std::vector<Level>& levels);
@@ -217,6 +218,11 @@ class Compression {
   bool may_be_gar() const {
     return has_prefix() && (!options_.gar_levels.has_value() || !options_.gar_levels->empty());
   }
+  // An artifact to train: pairs come when that is done.
+  bool is_to_train() const { return !options_.makes_gar_pairs; }
+  // Prefix factors train as long as none are pairs.
+  bool may_train() const { return has_prefix() && (!may_be_gar() || is_to_train()); }
+  bool has_calibrated_delta() const { return delta_.has_value() && !delta_->calibration.empty(); }
   bool has_term(size_t layer) const {
     return delta_.has_value() && delta_->terms[layer].a.rank > 0;
   }
@@ -329,11 +335,11 @@ absl::Status Compression::CheckSearch() const {
     return absl::InvalidArgumentError(
         "delta: names the levels itself; neither costs nor a measured search may be given");
   }
-  if (!has_prefix() && !options_.makes_gar_pairs) {
+  if (!has_prefix() && is_to_train()) {
     return absl::InvalidArgumentError(
         "gar levels: put off, but a residual ladder has no gar pairs");
   }
-  if (!options_.delta.empty() && !options_.makes_gar_pairs) {
+  if (!options_.delta.empty() && is_to_train()) {
     return absl::InvalidArgumentError("gar levels: put off, but a delta has been trained");
   }
   if (!is_measured() && options_.ladder == LadderChoice::kMixed) {
@@ -374,14 +380,20 @@ absl::Status Compression::OpenSource() {
     return absl::InvalidArgumentError(
         absl::StrCat(options_.source, ": is an encoder, which cannot sample text"));
   }
-  self_sample_tokens_ =
-      options_.self_sample_tokens.value_or(is_encoder ? 0 : options_.corpus.calibration_tokens);
   NESTOR_RETURN_IF_ERROR(CheckFinite(*source_));
   NESTOR_ASSIGN_OR_RETURN(source_sha256_, Sha256OfFiles(source_->tensors().paths()));
   if (!options_.delta.empty()) {
-    NESTOR_ASSIGN_OR_RETURN(delta_, ReadDelta(options_.delta, source_sha256_, source_->layers()));
+    NESTOR_ASSIGN_OR_RETURN(delta_, ReadDelta(options_.delta, source_sha256_, source_->layers(),
+                                              source_->spec().vocabulary));
     NESTOR_RETURN_IF_ERROR(CheckGarLevels(std::ssize(delta_->profiles)));
   }
+  if (has_calibrated_delta() && options_.self_sample_tokens.value_or(0) > 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("tokens to sample: ", *options_.self_sample_tokens,
+                     ", but the delta brings all that its factors are calibrated on"));
+  }
+  self_sample_tokens_ = options_.self_sample_tokens.value_or(
+      is_encoder || has_calibrated_delta() ? 0 : options_.corpus.calibration_tokens);
   inputs_ = LayerInputsOf(source_->layers());
   float_activations_.assign(source_->layers().size(), options_.activations == Activations::kFloat);
   NESTOR_ASSIGN_OR_RETURN(std::unique_ptr<NestedModel> model, NestedModel::Open(options_.source));
@@ -393,6 +405,7 @@ absl::Status Compression::OpenSource() {
       is_encoder ? kEncoderEvaluationTokens : kLanguageModelEvaluationTokens);
   NESTOR_ASSIGN_OR_RETURN(corpus_,
                           ReadCorpus(corpus, source_engine_->tokenizer(), source_->spec()));
+  if (has_calibrated_delta()) CalibrateAsDelta();
   text_sequences_ = corpus_.calibration.size();
   PlanLadders();
   for (const LadderPlan& ladder : ladders_) {
@@ -405,6 +418,19 @@ absl::Status Compression::OpenSource() {
     evaluation_.sequences = corpus_.evaluation;
   }
   return absl::OkStatus();
+}
+
+void Compression::CalibrateAsDelta() {
+  corpus_.calibration = delta_->calibration;
+  std::string bytes;
+  for (const std::vector<int32_t>& sequence : corpus_.calibration) {
+    bytes.append(reinterpret_cast<const char*>(sequence.data()),
+                 sequence.size() * sizeof(sequence[0]));
+  }
+  corpus_.calibration_sha256 = Sha256(std::as_bytes(std::span(bytes)));
+  report_.notes.push_back(absl::StrCat("calibrated on the ", CountTokens(corpus_.calibration),
+                                       " tokens that the delta brings, beside which it was "
+                                       "trained, instead of the text for calibration"));
 }
 
 void Compression::PlanLadders() {
@@ -434,19 +460,19 @@ absl::Status Compression::Calibrate() {
       CountTokens(corpus_.calibration) + SampledTokens(*source_engine_, sample);
   absl::StatusOr<Calibration> calibration =
       OpenCalibration(calibration_directory_, key, sequences, inputs_);
+  // A run that resumes has no need of the tokens but to write them.
+  if (sample.tokens > 0 && (!calibration.ok() || may_train())) {
+    NESTOR_ASSIGN_OR_RETURN(const TokenSequences sampled,
+                            SampleFromModel(source_engine_.get(), corpus_.calibration, sample));
+    corpus_.calibration.insert(corpus_.calibration.end(), sampled.begin(), sampled.end());
+  }
   if (calibration.ok()) {
     report_.resumed_sequences = sequences;
   } else {
-    if (sample.tokens > 0) {
-      NESTOR_ASSIGN_OR_RETURN(const TokenSequences sampled,
-                              SampleFromModel(source_engine_.get(), corpus_.calibration, sample));
-      corpus_.calibration.insert(corpus_.calibration.end(), sampled.begin(), sampled.end());
-    }
     calibration = nestor::Calibrate(source_engine_.get(), corpus_.calibration, key,
                                     calibration_directory_, &report_.resumed_sequences);
   }
   NESTOR_ASSIGN_OR_RETURN(calibration_, std::move(calibration));
-  NoteOtherCalibration();
 
   report_.evaluation_tokens = MeasuredTokens(evaluation_);
   Progress progress("Evaluating the source", MeasuredTokens(evaluation_));
@@ -784,15 +810,6 @@ Json Compression::CalibrationOrigin() const {
           {"refit_tokens", has_prefix() ? refit_tokens() : 0}};
 }
 
-void Compression::NoteOtherCalibration() {
-  const std::string own = CalibrationOrigin().dump();
-  if (!delta_.has_value() || delta_->calibration.empty() || delta_->calibration == own) return;
-  report_.notes.push_back(
-      absl::StrCat("the delta was trained beside factors of another calibration, ",
-                   delta_->calibration, ", where this one is ", own,
-                   ": its levels may be much worse than it was trained to make them"));
-}
-
 std::vector<Profile> Compression::ProfilesOfDelta(const LadderPlan& ladder) {
   std::vector<Profile> profiles = delta_->profiles;
   int64_t num_dense = 0;
@@ -902,6 +919,10 @@ absl::Status Compression::WriteParts(const std::vector<Level>& levels) {
       checksums_, spill_->WriteTensors(partial_ + "/nested.safetensors",
                                        KeptRows(source_->layers(), stored_ranks_, gar_ranks_)));
   NESTOR_RETURN_IF_ERROR(CopyModelFiles(options_.source, partial_));
+  if (may_train()) {
+    NESTOR_RETURN_IF_ERROR(
+        WriteCalibrationTokens(corpus_.calibration, partial_ + "/calibration.safetensors"));
+  }
   return WriteDescription(nullptr);
 }
 
@@ -1004,7 +1025,7 @@ FormAndRank Compression::FinalChoice(size_t level, size_t layer, FormAndRank cho
 
 std::set<int64_t> Compression::GarRanksOf(const std::vector<Level>& levels, size_t layer) const {
   std::set<int64_t> ranks;
-  if (!options_.makes_gar_pairs) return ranks;
+  if (is_to_train()) return ranks;
   for (size_t i = 0; i < levels.size(); ++i) {
     const auto [form, rank] = FinalChoice(i, layer, levels[i].profile[layer]);
     if (form == Form::kGar) ranks.insert(rank);
@@ -1151,7 +1172,7 @@ absl::StatusOr<CompressReport> Compression::Run() {
       NESTOR_RETURN_IF_ERROR(ApplyDelta(*delta_, source_->layers(), spill_.get()));
       if (!may_be_gar()) NESTOR_RETURN_IF_ERROR(WriteParts(levels));
     }
-    const bool makes_pairs = may_be_gar() && options_.makes_gar_pairs;
+    const bool makes_pairs = may_be_gar() && !is_to_train();
     if (makes_pairs) NESTOR_RETURN_IF_ERROR(RunGarPairs(&levels));
     NESTOR_RETURN_IF_ERROR(ChooseActivations(levels));
     NESTOR_ASSIGN_OR_RETURN(const std::vector<Level> measured, MeasureLevels(levels));

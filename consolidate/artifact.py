@@ -13,6 +13,9 @@ from safetensors.torch import load_file, save_file
 GROUP = 32
 FORMS = ("dense", "residual", "middle", "prefix", "gar")
 LARGEST_FACTOR_CODE = 127
+LARGEST_TERM_CODE = 7
+CLIPPED_SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # of a group's extreme that a scale may reach
+CALIBRATION_FILE = "calibration.safetensors"
 
 
 class ArtifactError(ValueError):
@@ -60,6 +63,32 @@ def quantise_factor(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     codes = torch.where(divisor == 0, torch.zeros(()), grouped / divisor)
     codes = codes.round().clamp(-LARGEST_FACTOR_CODE, LARGEST_FACTOR_CODE).to(torch.int8)
     return codes.flatten(1), scales
+
+
+def quantise_term(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[rank, size] to codes of 4 bits [rank, padded / 2], laid out as a coarse plane is, and bf16
+    scales [rank, groups], each the one of several with the least squared error."""
+    grouped = _grouped(values.detach().float().cpu())
+    best_error = torch.full(grouped.shape[:2], torch.inf)
+    best_scales = torch.zeros(grouped.shape[:2], dtype=torch.bfloat16)
+    best_codes = torch.zeros_like(grouped)
+    for share in CLIPPED_SHARES:
+        scales = (share * grouped.abs().amax(-1) / LARGEST_TERM_CODE).to(torch.bfloat16)
+        divisor = scales.float().unsqueeze(-1)
+        codes = torch.where(divisor == 0, torch.zeros(()), grouped / divisor)
+        codes = codes.round().clamp(-LARGEST_TERM_CODE, LARGEST_TERM_CODE)
+        error = (codes * divisor - grouped).square().sum(-1)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_scales = torch.where(better, scales, best_scales)
+        best_codes = torch.where(better.unsqueeze(-1), codes, best_codes)
+    offset = (best_codes.flatten(1) + 8).to(torch.uint8)
+    return offset[:, 0::2] | offset[:, 1::2] << 4, best_scales
+
+
+def term_codes(packed: torch.Tensor) -> torch.Tensor:
+    """The int8 codes [rank, padded] of codes of 4 bits: with their scales a factor's."""
+    return _nibbles(packed).to(torch.int8)
 
 
 def dequantise_factor(codes: torch.Tensor, scales: torch.Tensor, size: int) -> torch.Tensor:
@@ -191,6 +220,17 @@ class Artifact:
 
     def bias(self, layer: Layer):
         return self.tensors.get(f"{layer.name}.bias")
+
+    def calibration(self) -> dict[str, torch.Tensor]:
+        """What the factors were calibrated on: `tokens` of all sequences one after the other, and
+        their `lengths`. ArtifactError where that is not there."""
+        path = self.directory / CALIBRATION_FILE
+        if not path.is_file():
+            raise ArtifactError(
+                f"{path}: no such file; expected what nestor compress writes of an artifact whose "
+                "prefix factors may train: compress it anew"
+            )
+        return load_file(path)
 
     def others(self) -> dict[str, torch.Tensor]:
         """What the model reads beside its linear layers, by checkpoint name."""

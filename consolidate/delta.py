@@ -15,13 +15,17 @@ from consolidate.artifact import (
     groups_of,
     padded,
     quantise_factor,
+    quantise_term,
     read_metadata,
+    term_codes,
 )
 
-FORMAT, VERSION = "nestor-delta", "2"
+FORMAT = "nestor-delta"
+VERSION = "3"
+CALIBRATION = "calibration."  # what the tensors' names begin with that state one
 
 # A term takes the place of at most this share of the components that the cheapest level runs.
-LARGEST_SHARE = 4
+LARGEST_SHARE = 3
 
 
 def ranks_for(artifact: Artifact, levels: list[int], rank: int) -> list[int]:
@@ -49,10 +53,10 @@ def largest_ranks(artifact: Artifact, levels: list[int], limit: int) -> list[int
 
 
 def size_of(artifact: Artifact, ranks: list[int]) -> int:
-    """Bytes of the tensors of a delta of these ranks: codes with their padding, and scales."""
+    """Bytes of the terms of these ranks: codes of 4 bits with their padding, and scales."""
 
     def of_component(size: int) -> int:
-        return padded(size) + 2 * groups_of(size)
+        return padded(size) // 2 + 2 * groups_of(size)
 
     return sum(
         rank * (of_component(layer.out) + of_component(layer.in_))
@@ -72,10 +76,12 @@ def _balanced(a: torch.Tensor, bt: torch.Tensor):
 def save(
     path, artifact: Artifact, levels: list[int], terms: dict[str, tuple], keeps_components=False
 ):
-    """Writes the terms (a [k, in], bt [k, out] by layer name), quantised as factors are, by way of
-    PATH.partial. Terms that are whole factors, of which a level may run a prefix, keep their
-    components as they are."""
+    """Writes the terms (a [k, in], bt [k, out] by layer name) in 4 bits, by way of PATH.partial.
+    Terms that are whole factors, of which a level may run a prefix, keep their components as they
+    are, in int8 as an artifact has them. Beside others goes what the artifact was calibrated on,
+    since they fit what its factors leave out."""
     tensors = {}
+    quantise = quantise_factor if keeps_components else quantise_term
     for name, (a, bt) in terms.items():
         if a.shape[0] == 0:
             continue
@@ -84,7 +90,7 @@ def save(
             a, bt = _balanced(a, bt)
         for part, values in (("a", a), ("bt", bt)):
             stem = f"{name}.{part}"
-            tensors[stem], tensors[f"{stem}_scales"] = quantise_factor(values)
+            tensors[stem], tensors[f"{stem}_scales"] = quantise(values)
     profiles = [
         {
             "relative_flops": artifact.levels[level].relative_flops,
@@ -101,7 +107,8 @@ def save(
         "levels": json.dumps(profiles, separators=(",", ":")),
     }
     if not keeps_components:  # whole factors leave nothing to those that are calibrated
-        metadata["calibration"] = json.dumps(artifact.description["calibration"])
+        calibration = artifact.calibration()
+        tensors |= {CALIBRATION + name: tensor for name, tensor in calibration.items()}
     partial = f"{path}.partial"
     save_file(tensors, partial, metadata)
     os.replace(partial, path)
@@ -128,7 +135,11 @@ def _stored(path, artifact: Artifact) -> dict[str, tuple[tuple, tuple]]:
     ):
         if metadata.get(key) != expected:
             raise ArtifactError(f"{path}: {key}: {metadata.get(key)!r}, expected {expected!r}")
-    tensors = load_file(path)
+    tensors = {
+        name: tensor
+        for name, tensor in load_file(path).items()
+        if not name.startswith(CALIBRATION)
+    }
     terms = {}
     for layer in artifact.layers:
         if f"{layer.name}.a" in tensors:
@@ -146,8 +157,10 @@ def _take_term(path, tensors: dict[str, torch.Tensor], layer: Layer) -> tuple[tu
     for part, size in (("a", layer.in_), ("bt", layer.out)):
         stem = f"{layer.name}.{part}"
         taken = []
+        has_4_bits = stem in tensors and tensors[stem].dtype == torch.uint8
+        codes = (torch.uint8, padded(size) // 2) if has_4_bits else (torch.int8, padded(size))
         for name, dtype, columns in (
-            (stem, torch.int8, padded(size)),
+            (stem, *codes),
             (f"{stem}_scales", torch.bfloat16, groups_of(size)),
         ):
             tensor = tensors.pop(name, None)
@@ -158,7 +171,7 @@ def _take_term(path, tensors: dict[str, torch.Tensor], layer: Layer) -> tuple[tu
                     f"{path}: tensor {name}: {is_}, expected {dtype} {[rank, columns]} for a layer "
                     f"[{layer.out}, {layer.in_}]"
                 )
-            taken.append(tensor)
+            taken.append(term_codes(tensor) if dtype == torch.uint8 else tensor)
         if not taken[1].isfinite().all():
             raise ArtifactError(f"{path}: tensor {stem}_scales: holds a value that is not finite")
         term.append(tuple(taken))

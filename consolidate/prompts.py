@@ -8,6 +8,10 @@ KINDS = (
     "Write the opening of a novel that begins with {}.",
     "Tell a bedtime story for a small child about {}.",
     "Write a fable with a moral about {}.",
+    "Write a story for young children about {}.",
+    "Tell a story in simple words in which a child learns something about {}.",
+    "Write a story about a family and {}, with what they say to each other.",
+    "Write a story about an animal that has to do with {}.",
     "Write a dialogue between two friends about {}.",
     "Write a scene of a play in which a family quarrels over {}.",
     "Write a diary entry about {}.",
@@ -40,6 +44,9 @@ KINDS = (
     "Write a memory of a grandparent about {}.",
     "Argue in three paragraphs that {} matters.",
     "Write a word problem in arithmetic about {} and solve it.",
+    "Write captions of one sentence for ten photographs that show {}.",
+    "Write ten headlines about {}.",
+    "Write a question about {} as somebody would ask it in a forum, and three answers.",
 )
 
 SUBJECTS = (

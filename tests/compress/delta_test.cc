@@ -3,13 +3,13 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <fstream>
 #include <functional>
 #include <limits>
 #include <map>
 #include <random>
 #include <utility>
 
+#include "absl/strings/str_cat.h"
 #include "base/bfloat16.h"
 #include "base/checksum.h"
 #include "base/file.h"
@@ -109,6 +109,7 @@ class DeltaTest : public testing::Test {
     auto source = NestedModel::Open(Path("source"));
     ASSERT_TRUE(source.ok()) << source.status();
     layers_ = (*source)->layers();
+    vocabulary_ = (*source)->spec().vocabulary;
     auto sha256 = Sha256OfFiles((*source)->tensors().paths());
     ASSERT_TRUE(sha256.ok());
     sha256_ = *sha256;
@@ -156,7 +157,7 @@ class DeltaTest : public testing::Test {
       }
     }
     file.metadata = {{"format", "nestor-delta"},
-                     {"version", "2"},
+                     {"version", "3"},
                      {"source_sha256", sha256_},
                      {"layers", names.dump()},
                      {"levels", levels.dump()}};
@@ -220,7 +221,7 @@ class DeltaTest : public testing::Test {
     DeltaFile file = ValidFile();
     damage(&file);
     EXPECT_TRUE(file.Write(Path("damaged.safetensors")).ok());
-    const auto delta = ReadDelta(Path("damaged.safetensors"), sha256_, layers_);
+    const auto delta = ReadDelta(Path("damaged.safetensors"), sha256_, layers_, vocabulary_);
     EXPECT_EQ(delta.status().code(), absl::StatusCode::kInvalidArgument) << delta.status();
     return std::string(delta.status().message());
   }
@@ -235,6 +236,7 @@ class DeltaTest : public testing::Test {
   TemporaryDirectory directory_;
   std::vector<LinearSpec> layers_;
   std::string sha256_;
+  int64_t vocabulary_ = 0;
 };
 
 // Whether the first stored rows are those of `factor`, bit for bit.
@@ -243,26 +245,103 @@ bool Hold(const int8_t* codes, const uint16_t* scales, const FactorCodes& factor
          std::equal(factor.scales.begin(), factor.scales.end(), scales);
 }
 
-TEST_F(DeltaTest, AnotherCalibrationThanItsOwnIsNoted) {
+TEST_F(DeltaTest, WhatItWasCalibratedOnTakesThePlaceOfTheText) {
+  CompressOptions options = Options("trainable");
+  options.refit_tokens = 0;
+  const auto trainable = Compress(options);
+  ASSERT_TRUE(trainable.ok()) << trainable.status();
+  const auto calibration = TensorFile::Open({Path("trainable") + "/calibration.safetensors"});
+  ASSERT_TRUE(calibration.ok()) << calibration.status();
   DeltaFile file = ValidFile();
-  CompressOptions options = Options("nested");
+  for (const auto& [name, view] : (*calibration)->tensors()) {
+    file.replaced["calibration." + name] = {
+        view.dtype, view.shape,
+        std::string(reinterpret_cast<const char*>(view.bytes.data()), view.bytes.size())};
+  }
+  // Another text than that of the artifact that was trained.
+  ASSERT_TRUE(WriteFileAtomically(Path("other.txt"), Words(800, 3)).ok());
+  options.corpus.calibration_paths = {Path("other.txt")};
   options.delta = Path("terms.safetensors");
-  const auto notes = [&](const std::string& output) {
+  options.self_sample_tokens = std::nullopt;
+  const auto model = NestedModel::Open(Path("trainable"));
+  ASSERT_TRUE(model.ok()) << model.status();
+  size_t layer = 1;
+  while (layer < layers_.size() && (*model)->StoredRank(layer, Form::kPrefix) < 4) ++layer;
+  ASSERT_LT(layer, layers_.size());
+  // Of that layer, as codes.
+  const auto components_from = [&](int64_t first, const std::string& output) {
+    const auto model = NestedModel::Open(Path(output));
+    EXPECT_TRUE(model.ok()) << model.status();
+    std::vector<float> scratch;
+    const auto weights = (*model)->Weights(layer, &scratch);
+    EXPECT_TRUE(weights.ok()) << weights.status();
+    const int64_t padded = PaddedToGroup(layers_[layer].in);
+    return std::vector<int8_t>(weights->prefix.a + first * padded,
+                               weights->prefix.a + (first + 4) * padded);
+  };
+  const auto components = [&](const std::string& output) {
     options.output = Path(output);
     EXPECT_TRUE(file.Write(options.delta).ok());
     const auto report = Compress(options);
     EXPECT_TRUE(report.ok()) << report.status();
-    return report.ok() ? report->notes : std::vector<std::string>();
+    const std::string note = "calibrated on the 2560 tokens that the delta brings";
+    EXPECT_EQ(std::count_if(report->notes.begin(), report->notes.end(),
+                            [&](const std::string& each) { return each.find(note) == 0; }),
+              file.replaced.empty() ? 0 : 1);
+    return components_from(kRank, output);
   };
-  const auto is_of_another = testing::Contains(HasSubstr("beside factors of another calibration"));
-  EXPECT_THAT(notes("unstated"), testing::Not(is_of_another));
-  std::ifstream artifact(Path("unstated") + "/nested.json");
-  Json calibration = Json::parse(artifact)["calibration"];
-  file.metadata["calibration"] = calibration.dump(2);
-  EXPECT_THAT(notes("same"), testing::Not(is_of_another));
-  calibration["tokens"] = 7;
-  file.metadata["calibration"] = calibration.dump();
-  EXPECT_THAT(notes("other"), is_of_another);
+  const std::vector<int8_t> trained_beside = components_from(0, "trainable");
+  EXPECT_EQ(components("same"), trained_beside);
+  options.self_sample_tokens = 64;
+  options.output = Path("sampled");
+  EXPECT_THAT(std::string(Compress(options).status().message()),
+              HasSubstr("tokens to sample: 64, but the delta brings"));
+  options.self_sample_tokens = 0;
+  file.replaced.clear();
+  EXPECT_NE(components("unstated"), trained_beside);
+}
+
+TEST_F(DeltaTest, ACalibrationThatDoesNotFitIsRefused) {
+  const auto refusal = [&](const std::vector<int32_t>& tokens,
+                           const std::vector<int32_t>& lengths) {
+    return Refusal([&](DeltaFile* file) {
+      file->replaced["calibration.tokens"] = Stored(DType::kI32, {std::ssize(tokens)}, tokens);
+      file->replaced["calibration.lengths"] = Stored(DType::kI32, {std::ssize(lengths)}, lengths);
+    });
+  };
+  EXPECT_THAT(refusal({1, 2, -1}, {3}), HasSubstr("calibration.tokens[2]: -1, expected a token"));
+  const auto vocabulary = static_cast<int32_t>(vocabulary_);
+  EXPECT_THAT(refusal({vocabulary}, {1}),
+              HasSubstr(absl::StrCat("calibration.tokens[0]: ", vocabulary)));
+  EXPECT_THAT(refusal({1, 2, 3}, {2, 2}), HasSubstr("calibration.lengths[1]: 2, expected 1 to"));
+  EXPECT_THAT(refusal({1, 2, 3}, {0, 3}), HasSubstr("calibration.lengths[0]: 0"));
+  EXPECT_THAT(refusal({1, 2, 3}, {2}),
+              HasSubstr("calibration.tokens: 1 more than calibration.lengths add up to"));
+  DeltaFile file = ValidFile();
+  file.replaced["calibration.tokens"] = Stored(DType::kI32, {1}, std::vector<int32_t>{1});
+  ASSERT_TRUE(file.Write(Path("half.safetensors")).ok());
+  const auto half = ReadDelta(Path("half.safetensors"), sha256_, layers_, vocabulary_);
+  EXPECT_EQ(half.status().code(), absl::StatusCode::kNotFound);
+  EXPECT_THAT(std::string(half.status().message()), HasSubstr("calibration.lengths is missing"));
+}
+
+TEST_F(DeltaTest, TermsOf4BitsAreThoseCodes) {
+  std::mt19937_64 random(11);
+  DeltaFile file = ValidFile();
+  const std::string name = layers_[1].name + ".bt";
+  FactorCodes& factor = file.factors[name];
+  std::vector<uint8_t> packed;
+  for (size_t i = 0; i < factor.codes.size(); i += 2) {
+    factor.codes[i] = static_cast<int8_t>(static_cast<int>(random() % 15) - 7);
+    factor.codes[i + 1] = static_cast<int8_t>(static_cast<int>(random() % 15) - 7);
+    packed.push_back(static_cast<uint8_t>((factor.codes[i] + 8) | (factor.codes[i + 1] + 8) << 4));
+  }
+  file.replaced[name] = Stored(DType::kU8, {kRank, PaddedToGroup(factor.size) / 2}, packed);
+  ASSERT_TRUE(file.Write(Path("terms.safetensors")).ok());
+  const auto delta = ReadDelta(Path("terms.safetensors"), sha256_, layers_, vocabulary_);
+  ASSERT_TRUE(delta.ok()) << delta.status();
+  EXPECT_EQ(delta->terms[1].bt.codes, factor.codes);
+  EXPECT_EQ(delta->terms[1].bt.scales, factor.scales);
 }
 
 TEST_F(DeltaTest, TermsComeFirstAtItsLevelsAndTheWeightsComponentsFollow) {
@@ -341,7 +420,7 @@ TEST_F(DeltaTest, ALevelMayRunAPartOfItsTerm) {
 
 TEST_F(DeltaTest, ItsLevelsAreRead) {
   ASSERT_TRUE(ValidFile().Write(Path("terms.safetensors")).ok());
-  const auto delta = ReadDelta(Path("terms.safetensors"), sha256_, layers_);
+  const auto delta = ReadDelta(Path("terms.safetensors"), sha256_, layers_, vocabulary_);
   ASSERT_TRUE(delta.ok()) << delta.status();
   ASSERT_EQ(delta->profiles.size(), 2u);
   EXPECT_EQ(delta->profiles[0], Profile(layers_.size(), {Form::kPrefix, 8}));
@@ -502,9 +581,7 @@ TEST_F(DeltaTest, WhatIsNoDeltaIsRefused) {
   EXPECT_THAT(Refusal([](DeltaFile* file) { file->metadata = Json::object(); }),
               HasSubstr("metadata format: absent, expected nestor-delta"));
   EXPECT_THAT(Refusal([](DeltaFile* file) { file->metadata["version"] = "1"; }),
-              HasSubstr("metadata version: 1, expected 2"));
-  EXPECT_THAT(Refusal([](DeltaFile* file) { file->metadata["calibration"] = "fortunes"; }),
-              HasSubstr("metadata calibration: expected an object"));
+              HasSubstr("metadata version: 1, expected 3"));
   EXPECT_THAT(Refusal([](DeltaFile* file) { file->metadata["levels"] = "[[["; }),
               HasSubstr("metadata levels: expected a list"));
 }
@@ -524,10 +601,16 @@ TEST_F(DeltaTest, TensorsThatDoNotFitAreRefused) {
               HasSubstr(name + ".bt: shape"));
   EXPECT_THAT(Refusal([&](DeltaFile* file) {
                 file->replaced[name + ".a"] =
+                    Stored(DType::kBool, {kRank, PaddedToGroup(in)},
+                           std::vector<uint8_t>(static_cast<size_t>(kRank * PaddedToGroup(in))));
+              }),
+              HasSubstr(name + ".a: type BOOL, expected I8"));
+  EXPECT_THAT(Refusal([&](DeltaFile* file) {
+                file->replaced[name + ".a"] =
                     Stored(DType::kU8, {kRank, PaddedToGroup(in)},
                            std::vector<uint8_t>(static_cast<size_t>(kRank * PaddedToGroup(in))));
               }),
-              HasSubstr(name + ".a: type U8, expected I8"));
+              HasSubstr(name + ".a: shape"));
   EXPECT_THAT(Refusal([&](DeltaFile* file) {
                 file->replaced[name + ".a_scales"] =
                     Stored(DType::kI8, {kRank, NumGroups(in)},

@@ -33,6 +33,8 @@ from consolidate.artifact import (
     dequantise_factor,
     padded,
     quantise_factor,
+    quantise_term,
+    term_codes,
     read_metadata,
 )
 from consolidate.data import Batch, DataError, Sentences, Windows, load_tokenizer
@@ -334,6 +336,23 @@ class Artifacts(unittest.TestCase):
                     torch.testing.assert_close(again, values, rtol=0.02, atol=1e-6)
                     self.assertEqual(artifact.tensors[stem].shape, codes.shape)
 
+    def test_terms_have_codes_of_4_bits(self):
+        values = torch.randn(5, 70, generator=torch.Generator().manual_seed(2))
+        values[1, 32:64] = 0
+        values[2, 3] = 40  # beside which its group is nothing
+        packed, scales = quantise_term(values)
+        self.assertEqual((packed.dtype, list(packed.shape)), (torch.uint8, [5, 48]))
+        codes = term_codes(packed)
+        self.assertLessEqual(codes.abs().max().item(), 7)
+        self.assertFalse(codes[:, 70:].any())
+        again = dequantise_factor(codes, scales, 70)
+        self.assertFalse(again[1, 32:64].any())
+        ordinary = [0, 1, 3, 4]
+        error = (again - values)[ordinary].norm() / values[ordinary].norm()
+        self.assertLess(error.item(), 0.11)  # a step of 2.2 / 7 deviations: 0.09
+        nearest, nearest_scales = (values[:, :32].abs().amax(1) / 7), scales[:, 0].float()
+        self.assertTrue((nearest_scales <= 1.01 * nearest).all())
+
     def test_an_artifact_written_here_is_read_by_the_engine(self):
         model = open_model()
         levels = prefix_levels(model)
@@ -398,9 +417,36 @@ class Delta(unittest.TestCase):
         self.file = path("random.delta.safetensors")
         export_delta(self.model, self.levels, self.file)
 
+    def take_stored_terms(self):
+        """The model's terms are those of the file from here on, in 4 bits."""
+        terms = delta.load(self.file, Artifact(path("llama", "nested")))
+        for nested in self.model.nested:
+            if nested.layer.name in terms:
+                nested.delta_a.data, nested.delta_bt.data = terms[nested.layer.name]
+
     def test_it_says_what_it_was_trained_beside(self):
-        stated = read_metadata(self.file)["calibration"]
-        self.assertEqual(json.loads(stated), self.model.artifact.description["calibration"])
+        stated = {
+            name.removeprefix("calibration."): tensor
+            for name, tensor in load_file(self.file).items()
+            if name.startswith("calibration.")
+        }
+        self.assertEqual(set(stated), {"tokens", "lengths"})
+        self.assertEqual(len(stated["tokens"]), stated["lengths"].sum())
+        described = self.model.artifact.description["calibration"]
+        self.assertEqual(len(stated["tokens"]), described["tokens"])
+        for name, tensor in self.model.artifact.calibration().items():
+            self.assertTrue(torch.equal(tensor, stated[name]), name)
+
+    def test_terms_beside_factors_of_an_unknown_calibration_are_not_written(self):
+        copy = path("uncalibrated")
+        shutil.copytree(path("llama", "nested"), copy)
+        self.addCleanup(shutil.rmtree, copy)
+        (copy / "calibration.safetensors").unlink()
+        model = NestedModel(Artifact(copy))
+        add_random_delta(model)
+        with self.assertRaisesRegex(ArtifactError, "calibration.safetensors: no such file"):
+            export_delta(model, self.levels, path("unwritten.delta.safetensors"))
+        self.assertFalse(path("unwritten.delta.safetensors").exists())
 
     def test_compress_applies_it_as_it_was_trained(self):
         out = path("with_delta.nested")
@@ -415,13 +461,13 @@ class Delta(unittest.TestCase):
         for name, tensor in theirs.items():
             self.assertTrue(torch.equal(tensor, ours[name]), name)
         outputs, plain = engine_outputs(out), engine_outputs(path("llama", "nested"))
+        self.take_stored_terms()
         for level in self.levels:
             self.model.set_level(level)
             with torch.no_grad():
                 trained = self.model.logits(tokens).flatten()
             scale = trained.abs().max().item()
-            # The term is trained in floats, and in int8 in the file and in the artifact.
-            self.assertLess((outputs[level] - trained).abs().max().item(), 0.03 * scale)
+            self.assertLess((outputs[level] - trained).abs().max().item(), 1e-4 * scale)
             self.assertGreater((plain[level] - trained).abs().max().item(), 0.1 * scale)
 
     def test_factors_that_trained_are_all_that_a_level_runs(self):
@@ -433,7 +479,7 @@ class Delta(unittest.TestCase):
                 values.data *= 1 + 0.1 * noise
         file = path("factors.delta.safetensors")
         export_factors(model, self.levels, file)
-        self.assertNotIn("calibration", read_metadata(file))
+        self.assertNotIn("calibration.tokens", load_file(file))
         out = path("with_factors.nested")
         fixture("delta", path("llama"), file, out)
         self.addCleanup(shutil.rmtree, out)
@@ -458,6 +504,7 @@ class Delta(unittest.TestCase):
         self.assertFalse([name for name in artifact.others() if ".gar." in name])
         tokens = torch.tensor([TOKENS])
         outputs = engine_outputs(out)
+        self.take_stored_terms()
         model = open_model()  # of the same source
         for level, (stated, values) in enumerate(zip(artifact.levels, outputs)):
             if stated.ladder == "prefix":
@@ -488,7 +535,7 @@ class Delta(unittest.TestCase):
         for name, (a, bt) in loaded.items():
             expected = trained[name].delta_bt.T @ trained[name].delta_a
             error = (bt.T @ a - expected).norm() / expected.norm()
-            self.assertLess(error.item(), 0.02, name)
+            self.assertLess(error.item(), 0.15, name)  # 4 bits of both sides
 
     def test_its_size_is_as_planned(self):
         ranks = delta.largest_ranks(self.model.artifact, self.levels, 4000)
@@ -498,7 +545,11 @@ class Delta(unittest.TestCase):
         tensors = load_file(self.file)
         planned = delta.ranks_for(self.model.artifact, self.levels, 3)
         self.assertEqual(
-            sum(t.numel() * t.element_size() for t in tensors.values()),
+            sum(
+                tensor.numel() * tensor.element_size()
+                for name, tensor in tensors.items()
+                if not name.startswith("calibration.")
+            ),
             delta.size_of(self.model.artifact, planned),
         )
 
@@ -513,7 +564,7 @@ class Delta(unittest.TestCase):
         tensors = load_file(self.file)
         name = next(name for name in sorted(tensors) if name.endswith(".a"))
 
-        def refusal(changed, version="2") -> str:
+        def refusal(changed, version="3") -> str:
             damaged = path("damaged.safetensors")
             save_file(
                 {k: t for k, t in (tensors | changed).items() if t is not None},
@@ -525,9 +576,9 @@ class Delta(unittest.TestCase):
             return str(caught.exception)
 
         shape = list(tensors[name].shape)
-        self.assertIn("version: '1', expected '2'", refusal({}, version="1"))
+        self.assertIn("version: '1', expected '3'", refusal({}, version="1"))
         self.assertIn(
-            f"{name}: torch.int8 {[shape[0], shape[1] - 1]}, expected torch.int8 {shape}",
+            f"{name}: torch.uint8 {[shape[0], shape[1] - 1]}, expected torch.uint8 {shape}",
             refusal({name: tensors[name][:, :-1].contiguous()}),
         )
         self.assertIn("torch.bfloat16 ", refusal({name: tensors[name].to(torch.bfloat16)}))
