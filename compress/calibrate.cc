@@ -23,8 +23,6 @@ namespace {
 using Json = nlohmann::json;
 
 constexpr std::chrono::seconds kSaveInterval(60);
-// Rows of the head's input that are scored, and so observed: a head is large, its input small.
-constexpr int64_t kHeadStride = 4;
 
 std::string MomentName(size_t input) { return absl::StrCat("moment.", input); }
 
@@ -263,7 +261,7 @@ absl::StatusOr<Calibration> Calibrate(Engine* engine, const TokenSequences& sequ
       const int64_t end = std::min(done + stride, total);
       const TokenSequences batch(sequences.begin() + done, sequences.begin() + end);
       status = is_encoder ? EmbedSentences(engine, batch, full, &progress).status()
-                          : ScoreWindows(engine, batch, full, &progress, kHeadStride).status();
+                          : ScoreWindows(engine, batch, full, &progress).status();
       done = end;
       const auto now = std::chrono::steady_clock::now();
       if (status.ok() && (done == total || now - saved > kSaveInterval)) {

@@ -103,12 +103,11 @@ absl::StatusOr<std::vector<double>> LogProbabilities(Engine* engine,
 }
 
 absl::StatusOr<std::vector<WindowScore>> ScoreWindows(Engine* engine, const TokenSequences& windows,
-                                                      int level, Progress* progress,
-                                                      int64_t stride) {
+                                                      int level, Progress* progress) {
   std::vector<WindowScore> scores;
   for (const std::vector<int32_t>& window : windows) {
     NESTOR_ASSIGN_OR_RETURN(const std::vector<double> values,
-                            LogProbabilities(engine, window, level, stride));
+                            LogProbabilities(engine, window, level, 1));
     scores.push_back({.log_likelihood = std::accumulate(values.begin(), values.end(), 0.0),
                       .tokens = static_cast<int64_t>(values.size())});
     if (progress != nullptr) progress->Advance(static_cast<int64_t>(window.size()));

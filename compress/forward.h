@@ -33,11 +33,10 @@ absl::StatusOr<std::vector<double>> LogProbabilities(Engine* engine,
                                                      const std::vector<int32_t>& window, int level,
                                                      int64_t stride);
 
-// Scores every `stride`-th token of each window but the first one. `progress` (may be null)
-// advances by the tokens processed. REQUIRES: a language model.
+// Scores the tokens of each window but the first one. `progress` (may be null) advances by the
+// tokens processed. REQUIRES: a language model.
 absl::StatusOr<std::vector<WindowScore>> ScoreWindows(Engine* engine, const TokenSequences& windows,
-                                                      int level, Progress* progress,
-                                                      int64_t stride = 1);
+                                                      int level, Progress* progress);
 
 // Embeddings of sentences, or a classifier's logits, several of them in a step. `second_texts`
 // (StepEntry::second_text) are parallel to them, or empty. REQUIRES: an encoder.
