@@ -182,7 +182,7 @@ absl::StatusOr<std::vector<double>> ActivationProbe::OutputsOf(
   std::vector<double> outputs;
   for (const std::vector<int32_t>& window : sequences_) {
     NESTOR_ASSIGN_OR_RETURN(const std::vector<double> values,
-                            LogProbabilities(engine.get(), window, level, /*stride=*/1));
+                            LogProbabilities(engine.get(), window, level));
     outputs.insert(outputs.end(), values.begin(), values.end());
     progress.Advance(static_cast<int64_t>(window.size()));
   }

@@ -165,7 +165,7 @@ absl::Status CheckTensorsAreOfLayers(const TensorFile& file,
   return absl::OkStatus();
 }
 
-absl::StatusOr<TokenSequences> CalibrationIn(const TensorFile& file, int64_t vocabulary) {
+absl::StatusOr<TokenSequences> CalibrationIn(const TensorFile& file, const ModelSpec& spec) {
   if (!file.Has(kTokens) && !file.Has(kLengths)) return TokenSequences();
   NESTOR_ASSIGN_OR_RETURN(const TensorView tokens_view,
                           TypedTensor(file, kTokens, DType::kI32, {-1}));
@@ -173,18 +173,19 @@ absl::StatusOr<TokenSequences> CalibrationIn(const TensorFile& file, int64_t voc
                           TypedTensor(file, kLengths, DType::kI32, {-1}));
   const std::vector<int32_t> tokens = Elements<int32_t>(tokens_view);
   for (size_t i = 0; i < tokens.size(); ++i) {
-    if (tokens[i] >= 0 && tokens[i] < vocabulary) continue;
+    if (tokens[i] >= 0 && tokens[i] < spec.vocabulary) continue;
     return DeltaError(file.paths()[0], absl::StrCat("tensor ", kTokens, "[", i, "]: ", tokens[i],
-                                                    ", expected a token of ", vocabulary));
+                                                    ", expected a token of ", spec.vocabulary));
   }
+  const int64_t longest = std::min(kWindowTokens, spec.context_length);
   TokenSequences sequences;
   auto next = tokens.begin();
   for (const int32_t length : Elements<int32_t>(lengths_view)) {
-    if (length < 1 || length > kWindowTokens || length > tokens.end() - next) {
+    if (length < 1 || length > longest || length > tokens.end() - next) {
       return DeltaError(file.paths()[0],
                         absl::StrCat("tensor ", kLengths, "[", sequences.size(), "]: ", length,
-                                     ", expected 1 to ", kWindowTokens, " of the ",
-                                     tokens.end() - next, " tokens that are left"));
+                                     ", expected 1 to ", longest, " of the ", tokens.end() - next,
+                                     " tokens that are left"));
     }
     sequences.emplace_back(next, next + length);
     next += length;
@@ -241,7 +242,7 @@ absl::Status PutBefore(const FactorCodes& term, const std::string& name, TensorS
 }  // namespace
 
 absl::StatusOr<Delta> ReadDelta(const std::string& path, const std::string& source_sha256,
-                                const std::vector<LinearSpec>& layers, int64_t vocabulary) {
+                                const std::vector<LinearSpec>& layers, const ModelSpec& spec) {
   NESTOR_ASSIGN_OR_RETURN(const std::unique_ptr<TensorFile> file, TensorFile::Open({path}));
   NESTOR_RETURN_IF_ERROR(CheckOrigin(*file, source_sha256));
   NESTOR_RETURN_IF_ERROR(CheckLayers(*file, layers));
@@ -266,7 +267,7 @@ absl::StatusOr<Delta> ReadDelta(const std::string& path, const std::string& sour
     }
     delta.profiles.push_back(*std::move(profile));
   }
-  NESTOR_ASSIGN_OR_RETURN(delta.calibration, CalibrationIn(*file, vocabulary));
+  NESTOR_ASSIGN_OR_RETURN(delta.calibration, CalibrationIn(*file, spec));
   return delta;
 }
 

@@ -22,21 +22,21 @@ struct Delta {
   // Forms dense and prefix, of any rank that a gar pair may have; nested, cheapest first.
   std::vector<Profile> profiles;
   std::vector<FactorPair> terms;  // by layer; of rank 0 where it has none
-  // What the factors were calibrated on that it was trained beside: its terms fit what those leave
-  // out. Empty where the terms are whole factors, which do not care.
+  // The tokens on which the factors beside the terms were calibrated: the terms fit what those
+  // leave out. Empty where the terms are whole factors, which do not depend on it.
   TokenSequences calibration;
 };
 
-// Reads a delta that consolidate/ wrote. `source_sha256`, `layers` and `vocabulary` are those of
-// the checkpoint that it is meant for. INVALID_ARGUMENT names the file, what does not fit (another
+// Reads a delta that consolidate/ wrote. `source_sha256`, `layers` and `spec` are those of the
+// checkpoint that it is meant for. INVALID_ARGUMENT names the file, what does not fit (another
 // checkpoint, a tensor's type or shape, a scale that is not finite, a rank that no pair has, a
-// token that is none) and what was expected.
+// token that is none, a sequence that is too long) and what was expected.
 absl::StatusOr<Delta> ReadDelta(const std::string& path, const std::string& source_sha256,
-                                const std::vector<LinearSpec>& layers, int64_t vocabulary);
+                                const std::vector<LinearSpec>& layers, const ModelSpec& spec);
 
-// Writes what an artifact was calibrated on that is to be trained, a file of two I32 tensors:
-// `tokens`, of all sequences one after the other, and `lengths`. consolidate/ puts them into the
-// delta.
+// Writes what an artifact's factors were calibrated on, a file of two I32 tensors: `tokens`, of all
+// sequences one after the other, and `lengths`. consolidate/ puts them into the delta of terms that
+// it trains beside those factors.
 absl::Status WriteCalibrationTokens(const TokenSequences& sequences, const std::string& path);
 
 // Puts the terms before the prefix factors in `spill`, whose last components make room.

@@ -66,7 +66,7 @@ absl::StatusOr<Outputs> OutputsAt(Engine* engine, const TokenSequences& sequence
   Outputs outputs;
   for (const std::vector<int32_t>& window : sequences) {
     NESTOR_ASSIGN_OR_RETURN(const std::vector<double> values,
-                            LogProbabilities(engine, window, level, /*stride=*/1));
+                            LogProbabilities(engine, window, level));
     for (const double value : values) outputs.push_back({static_cast<float>(value)});
     if (progress != nullptr) progress->Advance(static_cast<int64_t>(window.size()));
   }

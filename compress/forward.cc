@@ -75,12 +75,10 @@ absl::StatusOr<std::unique_ptr<Engine>> OpenEngine(std::unique_ptr<NestedModel> 
 }
 
 absl::StatusOr<std::vector<double>> LogProbabilities(Engine* engine,
-                                                     const std::vector<int32_t>& window, int level,
-                                                     int64_t stride) {
+                                                     const std::vector<int32_t>& window,
+                                                     int level) {
   std::vector<int32_t> targets(window.size(), -1);
-  for (size_t i = 0; i + 1 < window.size(); i += static_cast<size_t>(stride)) {
-    targets[i] = window[i + 1];
-  }
+  if (!window.empty()) std::copy(window.begin() + 1, window.end(), targets.begin());
   NESTOR_ASSIGN_OR_RETURN(const ScopedSequence sequence,
                           ScopedSequence::Add(engine, static_cast<int64_t>(window.size())));
   std::vector<double> values;
@@ -107,7 +105,7 @@ absl::StatusOr<std::vector<WindowScore>> ScoreWindows(Engine* engine, const Toke
   std::vector<WindowScore> scores;
   for (const std::vector<int32_t>& window : windows) {
     NESTOR_ASSIGN_OR_RETURN(const std::vector<double> values,
-                            LogProbabilities(engine, window, level, 1));
+                            LogProbabilities(engine, window, level));
     scores.push_back({.log_likelihood = std::accumulate(values.begin(), values.end(), 0.0),
                       .tokens = static_cast<int64_t>(values.size())});
     if (progress != nullptr) progress->Advance(static_cast<int64_t>(window.size()));

@@ -28,10 +28,9 @@ struct WindowScore {
   int64_t tokens = 0;         // scored
 };
 
-// Log-probabilities of every `stride`-th token of `window` but the first one, in order.
+// Log-probabilities of the tokens of `window` but the first one, in order.
 absl::StatusOr<std::vector<double>> LogProbabilities(Engine* engine,
-                                                     const std::vector<int32_t>& window, int level,
-                                                     int64_t stride);
+                                                     const std::vector<int32_t>& window, int level);
 
 // Scores the tokens of each window but the first one. `progress` (may be null) advances by the
 // tokens processed. REQUIRES: a language model.

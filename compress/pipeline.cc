@@ -191,8 +191,8 @@ class Compression {
   absl::Status WriteParts(const std::vector<Level>& levels);
   // What the calibration rests on.
   std::string CalibrationKey() const;
-  // Of the calibration text without sampled sequences, which a run that resumes may not have: about
-  // `tokens` from its beginning, or evenly taken for probes.
+  // Of the calibration text without what is sampled here, which a run that resumes may not have:
+  // about `tokens` from its beginning, or evenly taken for probes.
   TokenSequences FirstSequences(int64_t tokens) const;
   absl::StatusOr<std::unique_ptr<NestedModel>> OpenModel(std::vector<Level> levels) const;
   absl::StatusOr<std::unique_ptr<Engine>> OpenParts(std::vector<Level> levels) const;
@@ -220,8 +220,12 @@ class Compression {
   }
   // An artifact to train: pairs come when that is done.
   bool is_to_train() const { return !options_.makes_gar_pairs; }
-  // Prefix factors train as long as none are pairs.
-  bool may_train() const { return has_prefix() && (!may_be_gar() || is_to_train()); }
+  // Whether terms may be trained beside the prefix factors: plain ones that nothing but the
+  // calibration decides.
+  bool takes_terms() const {
+    return has_prefix() && (!may_be_gar() || is_to_train()) && refit_tokens() == 0 &&
+           !delta_.has_value();
+  }
   bool has_calibrated_delta() const { return delta_.has_value() && !delta_->calibration.empty(); }
   bool has_term(size_t layer) const {
     return delta_.has_value() && delta_->terms[layer].a.rank > 0;
@@ -383,8 +387,8 @@ absl::Status Compression::OpenSource() {
   NESTOR_RETURN_IF_ERROR(CheckFinite(*source_));
   NESTOR_ASSIGN_OR_RETURN(source_sha256_, Sha256OfFiles(source_->tensors().paths()));
   if (!options_.delta.empty()) {
-    NESTOR_ASSIGN_OR_RETURN(delta_, ReadDelta(options_.delta, source_sha256_, source_->layers(),
-                                              source_->spec().vocabulary));
+    NESTOR_ASSIGN_OR_RETURN(
+        delta_, ReadDelta(options_.delta, source_sha256_, source_->layers(), source_->spec()));
     NESTOR_RETURN_IF_ERROR(CheckGarLevels(std::ssize(delta_->profiles)));
   }
   if (has_calibrated_delta() && options_.self_sample_tokens.value_or(0) > 0) {
@@ -422,15 +426,18 @@ absl::Status Compression::OpenSource() {
 
 void Compression::CalibrateAsDelta() {
   corpus_.calibration = delta_->calibration;
-  std::string bytes;
+  std::vector<int32_t> all;  // each sequence after its length
   for (const std::vector<int32_t>& sequence : corpus_.calibration) {
-    bytes.append(reinterpret_cast<const char*>(sequence.data()),
-                 sequence.size() * sizeof(sequence[0]));
+    all.push_back(static_cast<int32_t>(sequence.size()));
+    all.insert(all.end(), sequence.begin(), sequence.end());
   }
-  corpus_.calibration_sha256 = Sha256(std::as_bytes(std::span(bytes)));
-  report_.notes.push_back(absl::StrCat("calibrated on the ", CountTokens(corpus_.calibration),
-                                       " tokens that the delta brings, beside which it was "
-                                       "trained, instead of the text for calibration"));
+  corpus_.calibration_sha256 = Sha256(std::as_bytes(std::span(all)));
+  report_.notes.push_back(
+      absl::StrCat("calibrated on the ", CountTokens(corpus_.calibration),
+                   " tokens that the delta brings, instead of the text for calibration",
+                   options_.corpus.evaluation_path.empty()
+                       ? ", whose last fifth, on which levels are measured, may be among them"
+                       : ""));
 }
 
 void Compression::PlanLadders() {
@@ -461,7 +468,7 @@ absl::Status Compression::Calibrate() {
   absl::StatusOr<Calibration> calibration =
       OpenCalibration(calibration_directory_, key, sequences, inputs_);
   // A run that resumes has no need of the tokens but to write them.
-  if (sample.tokens > 0 && (!calibration.ok() || may_train())) {
+  if (sample.tokens > 0 && (!calibration.ok() || takes_terms())) {
     NESTOR_ASSIGN_OR_RETURN(const TokenSequences sampled,
                             SampleFromModel(source_engine_.get(), corpus_.calibration, sample));
     corpus_.calibration.insert(corpus_.calibration.end(), sampled.begin(), sampled.end());
@@ -589,8 +596,10 @@ absl::Status Compression::WeightBySensitivity(LadderPlan* ladder) {
 }
 
 std::string Compression::CalibrationKey() const {
+  const int64_t tokens = has_calibrated_delta() ? CountTokens(delta_->calibration)
+                                                : options_.corpus.calibration_tokens;
   return absl::StrCat("source ", source_sha256_, ", text ", corpus_.calibration_sha256, ", tokens ",
-                      options_.corpus.calibration_tokens, ", sampled ", self_sample_tokens_);
+                      tokens, ", sampled ", self_sample_tokens_, ", all rows");
 }
 
 TokenSequences Compression::FirstSequences(int64_t tokens) const {
@@ -919,7 +928,7 @@ absl::Status Compression::WriteParts(const std::vector<Level>& levels) {
       checksums_, spill_->WriteTensors(partial_ + "/nested.safetensors",
                                        KeptRows(source_->layers(), stored_ranks_, gar_ranks_)));
   NESTOR_RETURN_IF_ERROR(CopyModelFiles(options_.source, partial_));
-  if (may_train()) {
+  if (takes_terms()) {
     NESTOR_RETURN_IF_ERROR(
         WriteCalibrationTokens(corpus_.calibration, partial_ + "/calibration.safetensors"));
   }

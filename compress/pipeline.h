@@ -50,7 +50,8 @@ struct CompressOptions {
   CorpusOptions corpus;                        // its evaluation_tokens are those below
   std::optional<int64_t> evaluation_tokens;    // unset: 4,096, of an encoder 32,768
   // Tokens that the model itself writes, added to the calibration text; unset, a language model
-  // writes as many as the text gives. Encoders cannot.
+  // writes as many as the text gives, and none with a delta that brings what to calibrate on.
+  // Encoders cannot.
   std::optional<int64_t> self_sample_tokens;
   // Most components of a residual; multiples of 8. The head has inputs with fewer dominant
   // directions than a block's layers (methods: Residual ladders), so it may have more.
@@ -68,7 +69,8 @@ struct CompressOptions {
   bool makes_gar_pairs = true;
   RankSearchOptions search;
   // A file of consolidate/, empty for none: it names the prefix ladder's levels and improves them
-  // (delta.h).
+  // (delta.h). Where it brings what its factors were calibrated on, that takes the place of
+  // `corpus`'s text and of sampled tokens, for all ladders.
   std::string delta;
   // Layers whose inputs stay floats: chosen by measurement, none, or all.
   Activations activations = Activations::kAuto;

@@ -207,6 +207,7 @@ def levels_named(artifact: Artifact, text: str | None) -> list[int]:
 
 def choose_parameters(model: NestedModel, options, levels: list[int]):
     if options.train == "delta":
+        model.artifact.calibration()  # which the file will need
         ladder = ladder_of(model.artifact)
         ranks = delta.largest_ranks(model.artifact, ladder, int(options.delta_bytes))
         size = delta.size_of(model.artifact, ranks)

@@ -227,8 +227,8 @@ class Artifact:
         path = self.directory / CALIBRATION_FILE
         if not path.is_file():
             raise ArtifactError(
-                f"{path}: no such file; expected what nestor compress writes of an artifact whose "
-                "prefix factors may train: compress it anew"
+                f"{path}: no such file; expected of an artifact that terms are trained beside: "
+                "compress it anew with --gar-levels later --refit-tokens 0"
             )
         return load_file(path)
 
@@ -255,7 +255,7 @@ class Artifact:
         shutil.copytree(
             self.directory,
             partial,
-            ignore=shutil.ignore_patterns("nested.json", "nested.safetensors"),
+            ignore=shutil.ignore_patterns("nested.json", "nested.safetensors", CALIBRATION_FILE),
         )
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         save_file(tensors, partial / "nested.safetensors")

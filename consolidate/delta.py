@@ -24,7 +24,7 @@ FORMAT = "nestor-delta"
 VERSION = "3"
 CALIBRATION = "calibration."  # what the tensors' names begin with that state one
 
-# A term takes the place of at most this share of the components that the cheapest level runs.
+# A term takes the place of at most one in so many of the components that the cheapest level runs.
 LARGEST_SHARE = 3
 
 

@@ -114,8 +114,10 @@ absl::Status RunCompress(const std::vector<std::string>& arguments) {
   Flags flags("nestor compress HF_DIR OUT --calibration FILE [flags]",
               "nestor compress models/smollm2-135m-instruct models/smollm2-135m-instruct.nested "
               "--calibration prose.txt --levels 6");
-  flags.Add("calibration", &options.corpus.calibration_paths,
-            "text to calibrate with, UTF-8; may be given several times");
+  flags.Add(
+      "calibration", &options.corpus.calibration_paths,
+      "text to calibrate with, UTF-8; may be given several times; a --delta may bring its own, "
+      "which then takes its place");
   flags.Add("evaluation", &options.corpus.evaluation_path,
             "text to measure the levels on; without it the last fifth of the calibration text, "
             "which then does not calibrate");
@@ -134,7 +136,7 @@ absl::Status RunCompress(const std::vector<std::string>& arguments) {
   flags.Add(
       "self-sample", &options.self_sample_tokens,
       "tokens that the model writes itself, added to the calibration text; of a language model "
-      "as many as --calibration-tokens unless given");
+      "as many as --calibration-tokens unless given, and none beside what a --delta brings");
   flags.Add("max-residual-rank", &options.max_residual_rank, "most components of a residual");
   flags.Add("max-head-residual-rank", &options.max_head_residual_rank, "the same for the head");
   flags.Add(
@@ -164,10 +166,9 @@ absl::Status RunCompress(const std::vector<std::string>& arguments) {
   flags.Add(
       "probe-tokens", &options.search.probe_tokens,
       "calibration tokens of a probe of a measured search; 1024, of an encoder 4096, unless given");
-  flags.Add(
-      "delta", &options.delta,
-      "trained terms or factors of this checkpoint's prefix ladder, and its levels; a file that "
-      "nestor-consolidate wrote");
+  flags.Add("delta", &options.delta,
+            "trained terms or factors of this checkpoint's prefix ladder, its levels and what to "
+            "calibrate on; a file that nestor-consolidate wrote");
   flags.Add("force", &options.overwrites, "replace OUT where it exists");
   flags.Add(
       "report", &draws_report,

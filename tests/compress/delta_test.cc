@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <filesystem>
 #include <functional>
 #include <limits>
 #include <map>
@@ -109,7 +110,7 @@ class DeltaTest : public testing::Test {
     auto source = NestedModel::Open(Path("source"));
     ASSERT_TRUE(source.ok()) << source.status();
     layers_ = (*source)->layers();
-    vocabulary_ = (*source)->spec().vocabulary;
+    spec_ = (*source)->spec();
     auto sha256 = Sha256OfFiles((*source)->tensors().paths());
     ASSERT_TRUE(sha256.ok());
     sha256_ = *sha256;
@@ -221,7 +222,7 @@ class DeltaTest : public testing::Test {
     DeltaFile file = ValidFile();
     damage(&file);
     EXPECT_TRUE(file.Write(Path("damaged.safetensors")).ok());
-    const auto delta = ReadDelta(Path("damaged.safetensors"), sha256_, layers_, vocabulary_);
+    const auto delta = ReadDelta(Path("damaged.safetensors"), sha256_, layers_, spec_);
     EXPECT_EQ(delta.status().code(), absl::StatusCode::kInvalidArgument) << delta.status();
     return std::string(delta.status().message());
   }
@@ -236,7 +237,7 @@ class DeltaTest : public testing::Test {
   TemporaryDirectory directory_;
   std::vector<LinearSpec> layers_;
   std::string sha256_;
-  int64_t vocabulary_ = 0;
+  ModelSpec spec_;
 };
 
 // Whether the first stored rows are those of `factor`, bit for bit.
@@ -263,10 +264,10 @@ TEST_F(DeltaTest, WhatItWasCalibratedOnTakesThePlaceOfTheText) {
   options.corpus.calibration_paths = {Path("other.txt")};
   options.delta = Path("terms.safetensors");
   options.self_sample_tokens = std::nullopt;
-  const auto model = NestedModel::Open(Path("trainable"));
-  ASSERT_TRUE(model.ok()) << model.status();
+  const auto plain = NestedModel::Open(Path("trainable"));
+  ASSERT_TRUE(plain.ok()) << plain.status();
   size_t layer = 1;
-  while (layer < layers_.size() && (*model)->StoredRank(layer, Form::kPrefix) < 4) ++layer;
+  while (layer < layers_.size() && (*plain)->StoredRank(layer, Form::kPrefix) < 4) ++layer;
   ASSERT_LT(layer, layers_.size());
   // Of that layer, as codes.
   const auto components_from = [&](int64_t first, const std::string& output) {
@@ -284,6 +285,7 @@ TEST_F(DeltaTest, WhatItWasCalibratedOnTakesThePlaceOfTheText) {
     EXPECT_TRUE(file.Write(options.delta).ok());
     const auto report = Compress(options);
     EXPECT_TRUE(report.ok()) << report.status();
+    if (!report.ok()) return std::vector<int8_t>();
     const std::string note = "calibrated on the 2560 tokens that the delta brings";
     EXPECT_EQ(std::count_if(report->notes.begin(), report->notes.end(),
                             [&](const std::string& each) { return each.find(note) == 0; }),
@@ -291,7 +293,15 @@ TEST_F(DeltaTest, WhatItWasCalibratedOnTakesThePlaceOfTheText) {
     return components_from(kRank, output);
   };
   const std::vector<int8_t> trained_beside = components_from(0, "trainable");
+  // What a delta makes, or a refit, is not what a calibration gives.
+  const auto states_calibration = [&](const std::string& output) {
+    return std::filesystem::exists(Path(output) + "/calibration.safetensors");
+  };
+  CompressOptions refitted = Options("refitted");
+  ASSERT_TRUE(Compress(refitted).ok());
+  EXPECT_FALSE(states_calibration("refitted"));
   EXPECT_EQ(components("same"), trained_beside);
+  EXPECT_FALSE(states_calibration("same"));
   options.self_sample_tokens = 64;
   options.output = Path("sampled");
   EXPECT_THAT(std::string(Compress(options).status().message()),
@@ -310,17 +320,21 @@ TEST_F(DeltaTest, ACalibrationThatDoesNotFitIsRefused) {
     });
   };
   EXPECT_THAT(refusal({1, 2, -1}, {3}), HasSubstr("calibration.tokens[2]: -1, expected a token"));
-  const auto vocabulary = static_cast<int32_t>(vocabulary_);
+  const auto vocabulary = static_cast<int32_t>(spec_.vocabulary);
   EXPECT_THAT(refusal({vocabulary}, {1}),
               HasSubstr(absl::StrCat("calibration.tokens[0]: ", vocabulary)));
   EXPECT_THAT(refusal({1, 2, 3}, {2, 2}), HasSubstr("calibration.lengths[1]: 2, expected 1 to"));
+  const int64_t longest = std::min(kWindowTokens, spec_.context_length);
+  EXPECT_THAT(refusal(std::vector<int32_t>(static_cast<size_t>(longest) + 1, 7),
+                      {static_cast<int32_t>(longest) + 1}),
+              HasSubstr(absl::StrCat("expected 1 to ", longest, " of the ", longest + 1)));
   EXPECT_THAT(refusal({1, 2, 3}, {0, 3}), HasSubstr("calibration.lengths[0]: 0"));
   EXPECT_THAT(refusal({1, 2, 3}, {2}),
               HasSubstr("calibration.tokens: 1 more than calibration.lengths add up to"));
   DeltaFile file = ValidFile();
   file.replaced["calibration.tokens"] = Stored(DType::kI32, {1}, std::vector<int32_t>{1});
   ASSERT_TRUE(file.Write(Path("half.safetensors")).ok());
-  const auto half = ReadDelta(Path("half.safetensors"), sha256_, layers_, vocabulary_);
+  const auto half = ReadDelta(Path("half.safetensors"), sha256_, layers_, spec_);
   EXPECT_EQ(half.status().code(), absl::StatusCode::kNotFound);
   EXPECT_THAT(std::string(half.status().message()), HasSubstr("calibration.lengths is missing"));
 }
@@ -338,7 +352,7 @@ TEST_F(DeltaTest, TermsOf4BitsAreThoseCodes) {
   }
   file.replaced[name] = Stored(DType::kU8, {kRank, PaddedToGroup(factor.size) / 2}, packed);
   ASSERT_TRUE(file.Write(Path("terms.safetensors")).ok());
-  const auto delta = ReadDelta(Path("terms.safetensors"), sha256_, layers_, vocabulary_);
+  const auto delta = ReadDelta(Path("terms.safetensors"), sha256_, layers_, spec_);
   ASSERT_TRUE(delta.ok()) << delta.status();
   EXPECT_EQ(delta->terms[1].bt.codes, factor.codes);
   EXPECT_EQ(delta->terms[1].bt.scales, factor.scales);
@@ -420,7 +434,7 @@ TEST_F(DeltaTest, ALevelMayRunAPartOfItsTerm) {
 
 TEST_F(DeltaTest, ItsLevelsAreRead) {
   ASSERT_TRUE(ValidFile().Write(Path("terms.safetensors")).ok());
-  const auto delta = ReadDelta(Path("terms.safetensors"), sha256_, layers_, vocabulary_);
+  const auto delta = ReadDelta(Path("terms.safetensors"), sha256_, layers_, spec_);
   ASSERT_TRUE(delta.ok()) << delta.status();
   ASSERT_EQ(delta->profiles.size(), 2u);
   EXPECT_EQ(delta->profiles[0], Profile(layers_.size(), {Form::kPrefix, 8}));

@@ -286,8 +286,8 @@ TEST_P(ExactArtifactTest, TheFullLevelOfABf16ArtifactEqualsItsSource) {
   std::vector<int32_t> tokens(64);
   for (size_t i = 0; i < tokens.size(); ++i) tokens[i] = static_cast<int32_t>(i * 37 % 256);
   const int full = static_cast<int>(artifact->model().levels().size()) - 1;
-  const auto expected = LogProbabilities(source.get(), tokens, 0, 1);
-  const auto actual = LogProbabilities(artifact.get(), tokens, full, 1);
+  const auto expected = LogProbabilities(source.get(), tokens, 0);
+  const auto actual = LogProbabilities(artifact.get(), tokens, full);
   ASSERT_TRUE(expected.ok() && actual.ok());
   EXPECT_THAT(*actual, testing::Pointwise(testing::DoubleNear(1e-6), *expected));
 }
