@@ -467,7 +467,7 @@ absl::Status Compression::Calibrate() {
       CountTokens(corpus_.calibration) + SampledTokens(*source_engine_, sample);
   absl::StatusOr<Calibration> calibration =
       OpenCalibration(calibration_directory_, key, sequences, inputs_);
-  // A run that resumes has no need of the tokens but to write them.
+  // Tokens that are sampled are needed to calibrate, or to be written for training.
   if (sample.tokens > 0 && (!calibration.ok() || takes_terms())) {
     NESTOR_ASSIGN_OR_RETURN(const TokenSequences sampled,
                             SampleFromModel(source_engine_.get(), corpus_.calibration, sample));
@@ -596,6 +596,7 @@ absl::Status Compression::WeightBySensitivity(LadderPlan* ladder) {
 }
 
 std::string Compression::CalibrationKey() const {
+  // "all rows": of the head's input, too; moments of some of its rows are another calibration.
   const int64_t tokens = has_calibrated_delta() ? CountTokens(delta_->calibration)
                                                 : options_.corpus.calibration_tokens;
   return absl::StrCat("source ", source_sha256_, ", text ", corpus_.calibration_sha256, ", tokens ",

@@ -83,7 +83,12 @@ def parse(arguments):
         help="text that the full level writes itself, from first words of the texts on and in "
         "answer to questions; one more to train on",
     )
-    add("--delta-bytes", type=float, default=7.9e6, help="most that the terms may take")
+    add(
+        "--delta-bytes",
+        type=float,
+        default=7.7e6,
+        help="most that the terms may take; 4 bytes a calibration token come on top",
+    )
     add(
         "--start-batches",
         type=int,

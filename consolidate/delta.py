@@ -24,8 +24,8 @@ FORMAT = "nestor-delta"
 VERSION = "3"
 CALIBRATION = "calibration."  # what the tensors' names begin with that state one
 
-# A term takes the place of at most one in so many of the components that the cheapest level runs.
-LARGEST_SHARE = 3
+# Of the components that the cheapest level runs, a term takes the place of one in so many at most.
+COMPONENTS_PER_TERM_COMPONENT = 3
 
 
 def ranks_for(artifact: Artifact, levels: list[int], rank: int) -> list[int]:
@@ -40,7 +40,8 @@ def ranks_for(artifact: Artifact, levels: list[int], rank: int) -> list[int]:
             for level in levels
             if artifact.levels[level].forms[i] == "prefix"
         ]
-        ranks.append(min(rank, min(runs) // LARGEST_SHARE) if runs and i != head else 0)
+        most = min(runs) // COMPONENTS_PER_TERM_COMPONENT if runs and i != head else 0
+        ranks.append(min(rank, most))
     return ranks
 
 

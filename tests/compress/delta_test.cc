@@ -300,6 +300,11 @@ TEST_F(DeltaTest, WhatItWasCalibratedOnTakesThePlaceOfTheText) {
   CompressOptions refitted = Options("refitted");
   ASSERT_TRUE(Compress(refitted).ok());
   EXPECT_FALSE(states_calibration("refitted"));
+  CompressOptions paired = Options("paired");
+  paired.refit_tokens = 0;
+  paired.gar_levels = std::nullopt;
+  ASSERT_TRUE(Compress(paired).ok());
+  EXPECT_FALSE(states_calibration("paired"));
   EXPECT_EQ(components("same"), trained_beside);
   EXPECT_FALSE(states_calibration("same"));
   options.self_sample_tokens = 64;
