@@ -117,6 +117,15 @@ absl::StatusOr<TokenSequences> SequencesOf(const std::string& text, const Tokeni
   return sequences;
 }
 
+TokenSequences SpreadOver(TokenSequences sequences, int64_t tokens, int64_t longest) {
+  const int64_t count = std::ssize(sequences);
+  if (count > 0) longest = std::max(longest, (tokens + count - 1) / count);
+  for (std::vector<int32_t>& sequence : sequences) {
+    sequence.resize(std::min(sequence.size(), static_cast<size_t>(longest)));
+  }
+  return Spread(std::move(sequences), tokens);
+}
+
 absl::StatusOr<Corpus> ReadCorpus(const CorpusOptions& options, const Tokenizer& tokenizer,
                                   const ModelSpec& spec) {
   const bool holds_out = options.evaluation_path.empty();

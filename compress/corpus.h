@@ -25,6 +25,11 @@ inline constexpr int64_t kWindowTokens = 512;
 absl::StatusOr<TokenSequences> SequencesOf(const std::string& text, const Tokenizer& tokenizer,
                                            const ModelSpec& spec, int64_t max_tokens);
 
+// Beginnings of `sequences`, of at most `longest` tokens each, evenly taken until there are
+// `tokens` (or all of them, where that is less). Longer ones where those of all sequences were too
+// few.
+TokenSequences SpreadOver(TokenSequences sequences, int64_t tokens, int64_t longest);
+
 struct CorpusOptions {
   std::vector<std::string> calibration_paths;
   // Empty: the last fifth of each calibration text, which then does not calibrate.

@@ -62,6 +62,8 @@ constexpr double kLargestAdditiveRatio = 1.5;
 // A language model's tokens give a value each, an encoder's a value for each pair of sentences.
 constexpr int64_t kLanguageModelEvaluationTokens = 4096;
 constexpr int64_t kEncoderEvaluationTokens = 32768;
+// A few hundred tokens of one window would be of one subject. An encoder's sentences stay whole.
+constexpr int64_t kPieceTokens = 128;
 constexpr int64_t kLanguageModelActivationTokens = 2048;
 constexpr int64_t kEncoderActivationTokens = 8192;
 constexpr int64_t kRefitTokens = 12288;
@@ -191,9 +193,10 @@ class Compression {
   absl::Status WriteParts(const std::vector<Level>& levels);
   // What the calibration rests on.
   std::string CalibrationKey() const;
-  // Of the calibration text without what is sampled here, which a run that resumes may not have:
-  // about `tokens` from its beginning, or evenly taken for probes.
-  TokenSequences FirstSequences(int64_t tokens) const;
+  // About `tokens` of the calibration text without what is sampled here, which a run that resumes
+  // may not have; from all over it, at most `longest` of a sequence.
+  TokenSequences CalibrationText(int64_t tokens, int64_t longest) const;
+  TokenSequences TextToMeasure(int64_t tokens) const;
   absl::StatusOr<std::unique_ptr<NestedModel>> OpenModel(std::vector<Level> levels) const;
   absl::StatusOr<std::unique_ptr<Engine>> OpenParts(std::vector<Level> levels) const;
   // An engine whose inputs stay floats, for outputs that are compared with each other. Whatever a
@@ -225,6 +228,10 @@ class Compression {
   bool takes_terms() const {
     return has_prefix() && (!may_be_gar() || is_to_train()) && refit_tokens() == 0 &&
            !delta_.has_value();
+  }
+  // Whether the delta names its levels.
+  bool is_of_delta(const LadderPlan& ladder) const {
+    return delta_.has_value() && ladder.name == "prefix";
   }
   bool has_calibrated_delta() const { return delta_.has_value() && !delta_->calibration.empty(); }
   bool has_term(size_t layer) const {
@@ -335,9 +342,10 @@ absl::Status Compression::CheckSearch() const {
   if (!options_.delta.empty() && (!has_prefix() || options_.ladder == LadderChoice::kMixed)) {
     return absl::InvalidArgumentError("delta: needs a prefix ladder");
   }
-  if (!options_.delta.empty() && (is_measured() || !search.costs.empty())) {
+  if (!options_.delta.empty() && !has_residual() && (is_measured() || !search.costs.empty())) {
     return absl::InvalidArgumentError(
-        "delta: names the levels itself; neither costs nor a measured search may be given");
+        "delta: names the levels of a prefix ladder itself; costs and a measured search may be "
+        "given for a residual ladder beside it");
   }
   if (!has_prefix() && is_to_train()) {
     return absl::InvalidArgumentError(
@@ -570,7 +578,7 @@ absl::Status Compression::ForEachLayer(const std::string& label,
 absl::Status Compression::WeightErrors() {
   if (is_measured()) return ProbeLayers();
   for (LadderPlan& ladder : ladders_) {
-    if (delta_.has_value() && ladder.name == "prefix") continue;
+    if (is_of_delta(ladder)) continue;
     if (ladder.search == RankSearch::kSensitivity && options_.allocate == nullptr) {
       NESTOR_RETURN_IF_ERROR(WeightBySensitivity(&ladder));
     }
@@ -590,7 +598,7 @@ absl::Status Compression::WeightBySensitivity(LadderPlan* ladder) {
   const int64_t tokens =
       source_->spec().is_encoder() ? kEncoderSensitivityTokens : kLanguageModelSensitivityTokens;
   NESTOR_ASSIGN_OR_RETURN(const std::vector<double> measured,
-                          MeasureGroups(engine.get(), FirstSequences(tokens)));
+                          MeasureGroups(engine.get(), TextToMeasure(tokens)));
   nestor::WeightErrors(measured, groups, probes, &ladder->options);
   return absl::OkStatus();
 }
@@ -603,30 +611,18 @@ std::string Compression::CalibrationKey() const {
                       tokens, ", sampled ", self_sample_tokens_, ", all rows");
 }
 
-TokenSequences Compression::FirstSequences(int64_t tokens) const {
-  TokenSequences sequences;
-  for (size_t i = 0; i < text_sequences_ && CountTokens(sequences) < tokens; ++i)
-    sequences.push_back(corpus_.calibration[i]);
-  return sequences;
+TokenSequences Compression::CalibrationText(int64_t tokens, int64_t longest) const {
+  const auto text_end = corpus_.calibration.begin() + static_cast<ptrdiff_t>(text_sequences_);
+  return SpreadOver({corpus_.calibration.begin(), text_end}, tokens, longest);
+}
+
+TokenSequences Compression::TextToMeasure(int64_t tokens) const {
+  return CalibrationText(tokens, source_->spec().is_encoder() ? kWindowTokens : kPieceTokens);
 }
 
 TokenSequences Compression::ProbeText() const {
-  const int64_t tokens = options_.search.probe_tokens.value_or(
-      source_->spec().is_encoder() ? kEncoderProbeTokens : kLanguageModelProbeTokens);
-  const auto text_end = corpus_.calibration.begin() + static_cast<ptrdiff_t>(text_sequences_);
-  const TokenSequences text(corpus_.calibration.begin(), text_end);
-  const double share =
-      std::min(1.0, static_cast<double>(tokens) / static_cast<double>(CountTokens(text)));
-  TokenSequences taken;
-  int64_t seen = 0;
-  for (const std::vector<int32_t>& sequence : text) {
-    if (static_cast<double>(CountTokens(taken)) <= share * static_cast<double>(seen) &&
-        CountTokens(taken) < tokens) {
-      taken.push_back(sequence);
-    }
-    seen += static_cast<int64_t>(sequence.size());
-  }
-  return taken;
+  return TextToMeasure(options_.search.probe_tokens.value_or(
+      source_->spec().is_encoder() ? kEncoderProbeTokens : kLanguageModelProbeTokens));
 }
 
 absl::Status Compression::ProbeLayers() {
@@ -636,8 +632,10 @@ absl::Status Compression::ProbeLayers() {
   Profile largest_prefix(num_layers);
   Profile middle(num_layers);
   for (const LadderPlan& ladder : ladders_) {
-    const std::vector<Probe> chosen = ChooseProbes(ladder.options, options_.search.probes);
-    probes.insert(probes.end(), chosen.begin(), chosen.end());
+    if (!is_of_delta(ladder)) {
+      const std::vector<Probe> chosen = ChooseProbes(ladder.options, options_.search.probes);
+      probes.insert(probes.end(), chosen.begin(), chosen.end());
+    }
     for (size_t layer = 0; layer < num_layers; ++layer) {
       for (const LayerOption& option : ladder.options[layer]) {
         if (option.choice.form == Form::kMiddle) {
@@ -659,9 +657,10 @@ absl::Status Compression::ProbeLayers() {
                           LayerTimes::Measure(*model, options_.make_backend, options_.search.rows));
 
   const TokenSequences sequences = ProbeText();
-  const std::string key = absl::StrCat(
-      CalibrationKey(), ", dense ", options_.dense == DenseStorage::kPlanes ? "int8" : "bf16",
-      ", planes 2, inputs float, probe tokens ", CountTokens(sequences));
+  const std::string key = absl::StrCat(CalibrationKey(), ", dense ",
+                                       options_.dense == DenseStorage::kPlanes ? "int8" : "bf16",
+                                       ", planes 2, inputs float, pieces of ", kPieceTokens,
+                                       ", probe tokens ", CountTokens(sequences));
   NESTOR_ASSIGN_OR_RETURN(ProbeLog log,
                           ProbeLog::Open(calibration_directory_ + "/probes.jsonl", key));
   NESTOR_RETURN_IF_ERROR(model->SetProbes(ProbeLevels(probes, num_layers)));
@@ -669,7 +668,9 @@ absl::Status Compression::ProbeLayers() {
   report_.probes = std::ssize(probes);
   NESTOR_ASSIGN_OR_RETURN(report_.resumed_probes,
                           MeasureProbes(engine.get(), sequences, &probes, &log));
-  for (LadderPlan& ladder : ladders_) ErrorsFromProbes(probes, &ladder.options);
+  for (LadderPlan& ladder : ladders_) {
+    if (!is_of_delta(ladder)) ErrorsFromProbes(probes, &ladder.options);
+  }
   return absl::OkStatus();
 }
 
@@ -715,7 +716,7 @@ double Compression::CheapestShare(const LadderPlan& ladder) const {
 
 absl::Status Compression::CheckCosts(const LadderPlan& ladder) const {
   const std::vector<double>& costs = options_.search.costs;
-  if (costs.empty()) return absl::OkStatus();
+  if (costs.empty() || is_of_delta(ladder)) return absl::OkStatus();
   const double least = *std::min_element(costs.begin(), costs.end());
   const double cheapest = CheapestShare(ladder);
   if (least >= cheapest) return absl::OkStatus();
@@ -854,14 +855,13 @@ absl::StatusOr<std::vector<Level>> Compression::ChooseLevels() {
   for (const LadderPlan& ladder : ladders_) {
     NESTOR_RETURN_IF_ERROR(CheckCosts(ladder));
     const std::vector<int64_t> targets = TargetsOf(ladder);
-    const std::vector<Profile> profiles = delta_.has_value() && ladder.name == "prefix"
-                                              ? ProfilesOfDelta(ladder)
-                                              : Allocate(ladder, targets);
+    const std::vector<Profile> profiles =
+        is_of_delta(ladder) ? ProfilesOfDelta(ladder) : Allocate(ladder, targets);
     Profile last;
     for (size_t i = 0; i < profiles.size(); ++i) {
       // A small model may have nothing between two targets.
       if (profiles[i] == last || profiles[i] == full) {
-        if (options_.search.costs.empty()) continue;
+        if (options_.search.costs.empty() || is_of_delta(ladder)) continue;
         return absl::InvalidArgumentError(absl::StrFormat(
             "costs: the %s ladder has no level of its own within %.4f of the full level's %s",
             ladder.name,
@@ -876,8 +876,9 @@ absl::StatusOr<std::vector<Level>> Compression::ChooseLevels() {
       levels.push_back(std::move(level));
       runs_gar_.push_back(may_be_gar(ladder, static_cast<int64_t>(i)));
       if (!is_measured()) continue;
-      report_.search.push_back(
-          {.profile = profiles[i], .predicted_loss = ErrorOfProfile(ladder.options, profiles[i])});
+      report_.search.push_back({.profile = profiles[i]});
+      if (is_of_delta(ladder)) continue;
+      report_.search.back().predicted_loss = ErrorOfProfile(ladder.options, profiles[i]);
     }
   }
   Level top;
@@ -885,7 +886,9 @@ absl::StatusOr<std::vector<Level>> Compression::ChooseLevels() {
   top.profile = full;
   levels.push_back(std::move(top));
   runs_gar_.push_back(false);
-  if (is_measured()) report_.search.push_back({.profile = full});
+  if (is_measured()) {
+    report_.search.push_back({.profile = full, .predicted_loss = 0, .measured_loss = 0});
+  }
   return levels;
 }
 
@@ -907,18 +910,18 @@ absl::Status Compression::CompareLosses(const std::vector<Level>& levels) {
     const auto time = static_cast<double>(layer_times_->OfProfile(source_->layers(), profile));
     searched.seconds = 1e-9 * time;
     searched.relative_time = time / full_time;
-    if (i == full) continue;
+    if (i == full || !searched.predicted_loss.has_value()) continue;
     NESTOR_ASSIGN_OR_RETURN(const Outputs outputs,
                             OutputsAt(engine.get(), sequences, i, &progress));
     searched.measured_loss = DivergenceOf(source_->spec(), whole, outputs);
-    const double ratio = searched.measured_loss / searched.predicted_loss;
+    const double ratio = *searched.measured_loss / *searched.predicted_loss;
     if (ratio <= kLargestAdditiveRatio && ratio >= 1 / kLargestAdditiveRatio) continue;
     report_.notes.push_back(absl::StrFormat(
         "losses do not add up at the %s level of relative cost %.3f: its layers' sum is %.4g, "
         "measured together they are %.4g",
         levels[static_cast<size_t>(i)].ladder,
-        engine->model().levels()[static_cast<size_t>(i)].relative_cost, searched.predicted_loss,
-        searched.measured_loss));
+        engine->model().levels()[static_cast<size_t>(i)].relative_cost, *searched.predicted_loss,
+        *searched.measured_loss));
   }
   return absl::OkStatus();
 }
@@ -1015,8 +1018,8 @@ absl::Status Compression::RefitPrefix(const std::vector<Level>& levels) {
   }
   NESTOR_ASSIGN_OR_RETURN(std::unique_ptr<NestedModel> model, OpenModel(levels));
   NESTOR_RETURN_IF_ERROR(RefitFactors(
-      std::move(model), *source_, FirstSequences(refit_tokens()), options, options_.make_backend,
-      [&](const RefittedLayer& refitted) {
+      std::move(model), *source_, CalibrationText(refit_tokens(), kWindowTokens), options,
+      options_.make_backend, [&](const RefittedLayer& refitted) {
         const size_t layer = refitted.layer;
         NESTOR_RETURN_IF_ERROR(ReplacePrefix(layers[layer], refitted.factors, spill_.get()));
         return FitGarPairs(layer, GarRanksOf(levels, layer), [&](int64_t rank) {
@@ -1136,7 +1139,7 @@ absl::Status Compression::ChooseActivations(const std::vector<Level>& levels) {
   const auto open_model = [&] { return OpenModel(levels); };
   const bool is_encoder = source_->spec().is_encoder();
   const int64_t tokens = is_encoder ? kEncoderActivationTokens : kLanguageModelActivationTokens;
-  const TokenSequences text = FirstSequences(tokens);
+  const TokenSequences text = TextToMeasure(tokens);
   ActivationProbe probe(open_model, options_.make_backend, text, tokens, is_encoder);
   ActivationProbe rough_probe(open_model, options_.make_backend, text,
                               tokens / kRoughActivationShare, is_encoder);

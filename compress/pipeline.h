@@ -83,8 +83,9 @@ struct CompressOptions {
 // DivergenceOf the full level on the probes' text.
 struct SearchedLevel {
   Profile profile;
-  double predicted_loss = 0;  // the sum of its layers'
-  double measured_loss = 0;
+  // Absent for a level that a delta names: it was not searched for.
+  std::optional<double> predicted_loss;  // the sum of its layers'
+  std::optional<double> measured_loss;
   double seconds = 0;  // of its linear layers, in a step of RankSearchOptions::rows
   double relative_time = 1;
 };

@@ -13,6 +13,10 @@
 namespace nestor {
 namespace {
 
+nlohmann::json OrNull(const std::optional<double>& value) {
+  return value.has_value() ? nlohmann::json(*value) : nlohmann::json();
+}
+
 std::string Cell(const std::optional<double>& value, int digits) {
   return value.has_value() ? absl::StrFormat("%.*f", digits, *value) : "-";
 }
@@ -245,12 +249,15 @@ std::string SearchTable(const CompressReport& report, int64_t rows) {
   for (size_t i = 0; i < report.levels.size(); ++i) {
     const Level& level = report.levels[i];
     const SearchedLevel& search = report.search[i];
+    const auto loss = [](const std::optional<double>& value) {
+      return value.has_value() ? absl::StrFormat("%.4g", *value) : "-";
+    };
     absl::StrAppendFormat(
-        &table, "%5d  %-9s %8.3f %8.3f %8.3f %12.4f %12.4g %12.4g %6s\n", i, level.ladder,
+        &table, "%5d  %-9s %8.3f %8.3f %8.3f %12.4f %12s %12s %6s\n", i, level.ladder,
         level.relative_cost, level.relative_flops, search.relative_time, 1e3 * search.seconds,
-        search.predicted_loss, search.measured_loss,
-        search.predicted_loss > 0
-            ? absl::StrFormat("%.2f", search.measured_loss / search.predicted_loss)
+        loss(search.predicted_loss), loss(search.measured_loss),
+        search.predicted_loss.value_or(0) > 0
+            ? absl::StrFormat("%.2f", *search.measured_loss / *search.predicted_loss)
             : "-");
   }
   return table;
@@ -265,8 +272,8 @@ nlohmann::json SearchReport(const CompressReport& report) {
                     {"relative_flops", report.levels[i].relative_flops},
                     {"relative_time", search.relative_time},
                     {"seconds", search.seconds},
-                    {"predicted_loss", search.predicted_loss},
-                    {"measured_loss", search.measured_loss}});
+                    {"predicted_loss", OrNull(search.predicted_loss)},
+                    {"measured_loss", OrNull(search.measured_loss)}});
   }
   return list;
 }

@@ -117,6 +117,28 @@ TEST_F(CorpusTest, SeveralTextsGiveEqualSharesSpreadOverEach) {
   EXPECT_TRUE(has_late_line);
 }
 
+TEST(SpreadOverTest, TakesBeginningsFromAllOver) {
+  TokenSequences sequences;
+  for (int32_t i = 0; i < 8; ++i) sequences.push_back(std::vector<int32_t>(100, i));
+  const TokenSequences taken = SpreadOver(sequences, 80, 20);
+  ASSERT_EQ(taken.size(), 4u);
+  for (size_t i = 0; i < 4; ++i) {
+    EXPECT_EQ(taken[i], std::vector<int32_t>(20, static_cast<int32_t>(2 * i)));
+  }
+}
+
+TEST(SpreadOverTest, TakesMoreOfEachWhereBeginningsAreTooFew) {
+  const TokenSequences sequences = {std::vector<int32_t>(100, 1), std::vector<int32_t>(100, 2)};
+  EXPECT_EQ(CountTokens(SpreadOver(sequences, 120, 20)), 120);
+  EXPECT_EQ(SpreadOver(sequences, 1000, 20), sequences);
+}
+
+TEST(SpreadOverTest, KeepsWhatIsShorter) {
+  const TokenSequences sequences = {{1, 2, 3}, {4}, {5, 6}};
+  EXPECT_EQ(SpreadOver(sequences, 6, 20), sequences);
+  EXPECT_TRUE(SpreadOver({}, 6, 20).empty());
+}
+
 TEST_F(CorpusTest, ATextThatIsTooShortSaysHowShort) {
   Load("llama");
   CorpusOptions options;

@@ -16,6 +16,7 @@
 #include "base/file.h"
 #include "compress/pipeline.h"
 #include "compress/quantise.h"
+#include "compress/report.h"
 #include "engine/engine.h"
 #include "engine/tensor_file.h"
 #include "gmock/gmock.h"
@@ -669,6 +670,32 @@ TEST_F(DeltaTest, LevelsThatDoNotFitAreRefused) {
               AllOf(HasSubstr("levels[1]"), HasSubstr("less than one level below")));
 }
 
+TEST_F(DeltaTest, AResidualLadderBesideItMayBeSearchedFor) {
+  CompressOptions options = Options("both");
+  options.ladder = LadderChoice::kBoth;
+  options.refit_tokens = 0;
+  options.delta = Path("terms.safetensors");
+  ASSERT_TRUE(ValidFile().Write(options.delta).ok());
+  options.search.method = RankSearch::kMeasured;
+  options.search.probes = 1;
+  options.search.probe_tokens = 64;
+  options.search.costs = {0.75};
+  const auto report = Compress(options);
+  ASSERT_TRUE(report.ok()) << report.status();
+  // Of the delta's two levels one may have been left out: its terms are random.
+  ASSERT_GE(report->levels.size(), 3u);
+  ASSERT_EQ(report->search.size(), report->levels.size());
+  EXPECT_EQ(report->levels[0].ladder, "residual");
+  EXPECT_NEAR(report->levels[0].relative_cost, 0.75, 0.03);
+  EXPECT_GT(report->search[0].predicted_loss.value_or(0), 0);
+  EXPECT_GT(report->search[0].measured_loss.value_or(0), 0);
+  EXPECT_EQ(report->levels[1].ladder, "prefix");
+  EXPECT_FALSE(report->search[1].predicted_loss.has_value());
+  EXPECT_FALSE(report->search[1].measured_loss.has_value());
+  EXPECT_GT(report->search[1].seconds, 0);
+  EXPECT_TRUE(SearchReport(*report)[1]["measured_loss"].is_null());
+}
+
 TEST_F(DeltaTest, OptionsThatContradictItAreRefused) {
   CompressOptions options = Options("out");
   options.delta = Path("any.safetensors");
@@ -681,7 +708,7 @@ TEST_F(DeltaTest, OptionsThatContradictItAreRefused) {
               HasSubstr("gar levels: expected 0 to 1, from the ladder's cheapest; was 2"));
   options.search.costs = {0.8};
   EXPECT_THAT(std::string(Compress(options).status().message()),
-              HasSubstr("names the levels itself"));
+              HasSubstr("names the levels of a prefix ladder itself"));
   options.search.costs.clear();
   options.refit_tokens = 512;
   EXPECT_THAT(std::string(Compress(options).status().message()),

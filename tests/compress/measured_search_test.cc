@@ -122,8 +122,8 @@ TEST_F(MeasuredSearchTest, LevelsStandAtTheirCostsAndStateAllCostsAndLosses) {
     EXPECT_GT(search.relative_time, 0);
     EXPECT_GT(search.predicted_loss, report->search[i + 1].predicted_loss);
     // A random model, so layers are as good as independent.
-    EXPECT_GT(search.measured_loss, 0.4 * search.predicted_loss);
-    EXPECT_LT(search.measured_loss, 2.5 * search.predicted_loss);
+    EXPECT_GT(search.measured_loss, 0.4 * *search.predicted_loss);
+    EXPECT_LT(search.measured_loss, 2.5 * *search.predicted_loss);
   }
   EXPECT_EQ(report->search[3].measured_loss, 0);
   EXPECT_EQ(report->search[3].relative_time, 1);
@@ -131,7 +131,7 @@ TEST_F(MeasuredSearchTest, LevelsStandAtTheirCostsAndStateAllCostsAndLosses) {
   ASSERT_TRUE(NestedModel::Open(options.output).ok());
   EXPECT_THAT(SearchTable(*report, 1), HasSubstr("predicted"));
   EXPECT_EQ(SearchReport(*report).size(), 4u);
-  EXPECT_EQ(SearchReport(*report)[0]["predicted_loss"], report->search[0].predicted_loss);
+  EXPECT_EQ(SearchReport(*report)[0]["predicted_loss"], *report->search[0].predicted_loss);
 }
 
 TEST_F(MeasuredSearchTest, AMixedLadderIsNestedAndRunsWhateverItsObjective) {
