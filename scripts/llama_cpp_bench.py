@@ -1,19 +1,23 @@
 #!/usr/bin/env python3
-"""llama.cpp's speed through PyPI's llama-cpp-python, and Nestor's beside it.
+"""llama.cpp's speed and quality through PyPI's llama-cpp-python, and Nestor's beside them.
 
-    llama_cpp_bench.py quantize SOURCE.gguf OUT.gguf --type q8_0|bf16
+    llama_cpp_bench.py quantize SOURCE.gguf OUT.gguf --type TYPE
     llama_cpp_bench.py measure MODEL.gguf [--threads N]
     llama_cpp_bench.py compare --bench build/bin/nestor --peer TYPE=MODEL.gguf ... \\
         --artifact DIR ... [--threads 1,2]
+    llama_cpp_bench.py quality --nestor build/bin/nestor --source bf16.gguf \\
+        --checkpoint HF_DIR --peer TYPE=MODEL.gguf ... --artifact DIR ... --text FILE ...
 
 `measure` prints one JSON object: decode and prefill in tokens per second for every setting.
 `compare` runs it on every peer's file alternately with `nestor bench` on every artifact, each in a
 process of its own, and prints every level against the best setting of each type: medians of the
-rounds.
+rounds. `quality` prints what every type and every level keep of the unquantised model's quality, the
+ratio of perplexities on the same windows of each text, in the order of their bytes.
 """
 
 import argparse
 import json
+import math
 import os
 import pathlib
 import statistics
@@ -24,6 +28,7 @@ import time
 CONTEXT = 16  # tokens before the first decoded one, as in `nestor bench`
 DECODED = 64
 PROMPT = 512
+WINDOW = 512  # tokens that perplexity is measured on at once, as in `nestor evaluate`
 MICRO_BATCHES = [64, 128, 512]
 
 # Flash attention off or on, times the rows of one pass through the graph.
@@ -50,9 +55,8 @@ def _no_log(llama_cpp):
 
 def quantize(options):
     llama_cpp = load_library()
-    types = {"q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0, "bf16": llama_cpp.LLAMA_FTYPE_MOSTLY_BF16}
     parameters = llama_cpp.llama_model_quantize_default_params()
-    parameters.ftype = types[options.type]
+    parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{options.type.upper()}")
     parameters.allow_requantize = True
     partial = options.out.with_suffix(".partial")
     failed = llama_cpp.llama_model_quantize(
@@ -123,6 +127,108 @@ def measure(options):
         session.close()
     system = llama_cpp.llama_print_system_info().decode()
     print(json.dumps({"settings": results, "system": system, "version": llama_cpp.__version__}))
+
+
+class Scorer:
+    """A loaded model that scores windows of text."""
+
+    def __init__(self, path):
+        self._library = load_library()
+        self._library.llama_backend_init()
+        self._model = self._library.llama_model_load_from_file(
+            str(path).encode(), self._library.llama_model_default_params()
+        )
+        if not self._model:
+            sys.exit(f"llama_cpp_bench.py: {path}: llama.cpp cannot load it")
+        parameters = self._library.llama_context_default_params()
+        parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = WINDOW
+        parameters.n_threads = parameters.n_threads_batch = len(os.sched_getaffinity(0))
+        self._context = self._library.llama_init_from_model(self._model, parameters)
+        self._vocabulary = self._library.llama_model_get_vocab(self._model)
+        self.bytes = self._library.llama_model_size(self._model)
+
+    def close(self):
+        self._library.llama_free(self._context)
+        self._library.llama_model_free(self._model)
+
+    def windows(self, path, tokens):
+        """The first `tokens` tokens of a text, without special ones, in windows."""
+        text = path.read_bytes()
+        ids = (self._library.llama_token * len(text))()
+        count = self._library.llama_tokenize(
+            self._vocabulary, text, len(text), ids, len(text), False, False
+        )
+        if count < tokens:
+            sys.exit(f"llama_cpp_bench.py: {path}: {count} tokens, expected {tokens}")
+        return [list(ids[i : min(i + WINDOW, tokens)]) for i in range(0, tokens, WINDOW)]
+
+    def losses(self, window):
+        """-log p of each token of a window but the first, in nats."""
+        import numpy
+
+        batch = self._library.llama_batch_init(len(window), 0, 1)
+        batch.n_tokens = len(window)
+        for i, token in enumerate(window):
+            batch.token[i], batch.pos[i], batch.logits[i] = token, i, 1
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+        self._library.llama_memory_clear(self._library.llama_get_memory(self._context), True)
+        if self._library.llama_decode(self._context, batch) != 0:
+            sys.exit("llama_cpp_bench.py: llama_decode failed")
+        width = self._library.llama_vocab_n_tokens(self._vocabulary)
+        logits = numpy.ctypeslib.as_array(
+            self._library.llama_get_logits(self._context), shape=(len(window), width)
+        )
+        rows = logits[:-1] - logits[:-1].max(axis=1, keepdims=True)
+        chosen = rows[numpy.arange(len(window) - 1), window[1:]].astype(numpy.float64)
+        losses = numpy.log(numpy.exp(rows).sum(axis=1, dtype=numpy.float64)) - chosen
+        self._library.llama_batch_free(batch)
+        return losses
+
+
+def window_losses(path, texts, tokens):
+    """A model's bytes, and by text the mean loss of each window."""
+    scorer = Scorer(path)
+    losses = {
+        text: [scorer.losses(window).mean() for window in scorer.windows(text, tokens)]
+        for text in texts
+    }
+    size = scorer.bytes
+    scorer.close()
+    return size, losses
+
+
+def own_qualities(options, artifact, text):
+    """(name, bytes, quality, standard error) of every level."""
+    command = [str(options.nestor), "evaluate", str(artifact), "--text", str(text), "--json"]
+    command += ["--tokens", str(options.tokens), "--source", str(options.checkpoint)]
+    levels = json.loads((artifact / "nested.json").read_text(encoding="utf-8"))["levels"]
+    for entry in run_json(command)["levels"]:
+        level = levels[entry["level"]]
+        name = f"{artifact.name}, level {entry['level']} ({level['ladder']})"
+        yield name, level["weight_bytes"], entry["quality_vs_source"], entry["standard_error"]
+
+
+def quality(options):
+    size, source = window_losses(options.source, options.text, options.tokens)
+    print(f"unquantised (bf16): {size / 1e6:.1f} MB")
+    peers = {
+        kind: window_losses(model, options.text, options.tokens) for kind, model in options.peer
+    }
+    for text in options.text:
+        perplexity = math.exp(statistics.mean(source[text]))
+        print(f"\n{text.name}, {options.tokens} tokens; unquantised, perplexity {perplexity:.2f}")
+        rows = []
+        for kind, (size, losses) in peers.items():
+            lost = [loss - own for loss, own in zip(losses[text], source[text])]
+            kept = math.exp(-statistics.mean(lost))
+            error = kept * statistics.stdev(lost) / math.sqrt(len(lost)) if len(lost) > 1 else 0
+            rows.append((f"llama.cpp {kind}", size, kept, error))
+        for artifact in options.artifact:
+            rows += own_qualities(options, artifact, text)
+        width = max(len(row[0]) for row in rows)
+        print(f"{'':<{width}} {'MB':>7} {'vs source':>9} {'+-':>6}")
+        for name, size, kept, error in sorted(rows, key=lambda row: row[1]):
+            print(f"{name:<{width}} {size / 1e6:>7.1f} {kept:>9.4f} {error or 0:>6.4f}")
 
 
 def run_json(command):
@@ -262,7 +368,7 @@ def main():
     command = commands.add_parser("quantize")
     command.add_argument("source", type=pathlib.Path)
     command.add_argument("out", type=pathlib.Path)
-    command.add_argument("--type", choices=["q8_0", "bf16"], required=True)
+    command.add_argument("--type", required=True)
     command.set_defaults(run=quantize)
     command = commands.add_parser("measure")
     command.add_argument("model", type=pathlib.Path)
@@ -275,6 +381,15 @@ def main():
     command.add_argument("--rounds", type=int, default=5)
     command.add_argument("--threads", type=thread_counts, default=[len(os.sched_getaffinity(0))])
     command.set_defaults(run=compare)
+    command = commands.add_parser("quality")
+    command.add_argument("--nestor", type=pathlib.Path, required=True)
+    command.add_argument("--source", type=pathlib.Path, required=True)
+    command.add_argument("--checkpoint", type=pathlib.Path, required=True)
+    command.add_argument("--peer", type=peer_file, action="append", required=True)
+    command.add_argument("--artifact", type=pathlib.Path, action="append", required=True)
+    command.add_argument("--text", type=pathlib.Path, action="append", required=True)
+    command.add_argument("--tokens", type=int, default=4096)
+    command.set_defaults(run=quality)
     options = parser.parse_args()
     options.run(options)
 
