@@ -223,11 +223,13 @@ class Compression {
   }
   // An artifact to train: pairs come when that is done.
   bool is_to_train() const { return !options_.makes_gar_pairs; }
+  // A delta that is to train further gives its levels and calibration alone.
+  bool applies_delta() const { return delta_.has_value() && !is_to_train(); }
   // Whether terms may be trained beside the prefix factors: plain ones that nothing but the
   // calibration decides.
   bool takes_terms() const {
     return has_prefix() && (!may_be_gar() || is_to_train()) && refit_tokens() == 0 &&
-           !delta_.has_value();
+           !applies_delta();
   }
   // Whether the delta names its levels.
   bool is_of_delta(const LadderPlan& ladder) const {
@@ -350,9 +352,6 @@ absl::Status Compression::CheckSearch() const {
   if (!has_prefix() && is_to_train()) {
     return absl::InvalidArgumentError(
         "gar levels: put off, but a residual ladder has no gar pairs");
-  }
-  if (!options_.delta.empty() && is_to_train()) {
-    return absl::InvalidArgumentError("gar levels: put off, but a delta has been trained");
   }
   if (!is_measured() && options_.ladder == LadderChoice::kMixed) {
     return absl::InvalidArgumentError("search: a mixed ladder needs a measured search");
@@ -1181,9 +1180,13 @@ absl::StatusOr<CompressReport> Compression::Run() {
     NESTOR_RETURN_IF_ERROR(WriteParts(levels));
     if (is_measured()) NESTOR_RETURN_IF_ERROR(CompareLosses(levels));
     if (refit_tokens() > 0) NESTOR_RETURN_IF_ERROR(RefitPrefix(levels));
-    if (delta_.has_value()) {
+    if (applies_delta()) {
       NESTOR_RETURN_IF_ERROR(ApplyDelta(*delta_, source_->layers(), spill_.get()));
       if (!may_be_gar()) NESTOR_RETURN_IF_ERROR(WriteParts(levels));
+    } else if (delta_.has_value()) {
+      report_.notes.push_back(
+          "an artifact to train: the delta's levels without what it trained, which consolidate "
+          "--start puts there");
     }
     const bool makes_pairs = may_be_gar() && !is_to_train();
     if (makes_pairs) NESTOR_RETURN_IF_ERROR(RunGarPairs(&levels));

@@ -95,6 +95,11 @@ def parse(arguments):
         default=4,
         help="micro-batches whose gradients choose where terms start; 0: at random",
     )
+    add(
+        "--start",
+        metavar="DELTA",
+        help="goes on from this delta: its terms, whose size then counts, or its factors",
+    )
     add("--steps", type=int, help="of the optimiser (default: --minutes alone counts)")
     add("--minutes", type=float, help="of time, pauses included")
     add("--batch", type=int, default=8, help="windows or sentences of a step")
@@ -210,9 +215,58 @@ def levels_named(artifact: Artifact, text: str | None) -> list[int]:
     return chosen
 
 
+def read_start(model: NestedModel, options) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """What the delta to go on from holds, by layer name."""
+    stated = delta.calibration(options.start)
+    holds_terms = bool(stated)
+    if holds_terms != (options.train == "delta"):
+        holds, train = ("terms", "delta") if holds_terms else ("factors", "factors")
+        raise UsageError(f"--start: {options.start} holds {holds}; expected --train {train}")
+    started = delta.load(options.start, model.artifact)
+    if holds_terms:
+        own = model.artifact.calibration()
+        if any(not torch.equal(own[name], tensor) for name, tensor in stated.items()):
+            raise UsageError(
+                f"--start: {options.start} was trained beside factors of another calibration than "
+                f"{model.artifact.directory}: expected one that nestor compress made with "
+                f"--delta {options.start} --gar-levels later"
+            )
+    return started
+
+
+@torch.no_grad()
+def start_from(model: NestedModel, options, levels: list[int]):
+    """Puts what a delta holds where it trains."""
+    started = read_start(model, options)
+    generator = torch.Generator().manual_seed(options.seed)
+    for i, nested in enumerate(model.nested):
+        if nested.layer.name not in started:
+            continue
+        a, bt = started[nested.layer.name]
+        ranks = [model.artifact.levels[level].ranks[i] for level in levels]
+        least = min((rank for rank in ranks if rank > 0), default=0)
+        most = least if options.train == "delta" else len(nested.prefix_a)
+        if len(a) > most:
+            raise UsageError(
+                f"--start: {options.start}: {len(a)} components for {nested.layer.name}, which has "
+                f"room for {most} in {model.artifact.directory}"
+            )
+        if options.train == "delta":
+            nested.add_delta(len(a), generator)
+            nested.delta_a.copy_(a)
+            nested.delta_bt.copy_(bt)
+        else:
+            nested.prefix_a[: len(a)] = a.to(nested.prefix_a.device)
+            nested.prefix_bt[: len(bt)] = bt.to(nested.prefix_bt.device)
+
+
 def choose_parameters(model: NestedModel, options, levels: list[int]):
+    if options.start is not None:
+        start_from(model, options, ladder_of(model.artifact))
     if options.train == "delta":
         model.artifact.calibration()  # which the file will need
+        if options.start is not None:
+            return
         ladder = ladder_of(model.artifact)
         ranks = delta.largest_ranks(model.artifact, ladder, int(options.delta_bytes))
         size = delta.size_of(model.artifact, ranks)
@@ -335,7 +389,8 @@ def run(options) -> int:
         if not resumed:
             raise UsageError(f"--export-only: {work} has no checkpoint")
     else:
-        if not resumed and options.train == "delta" and options.start_batches > 0:
+        is_new = not resumed and options.start is None
+        if is_new and options.train == "delta" and options.start_batches > 0:
             trainer.start_terms(options.start_batches)
         if options.compose:
             for each in (model, teacher):

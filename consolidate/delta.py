@@ -126,6 +126,16 @@ def load(path, artifact: Artifact) -> dict[str, tuple[torch.Tensor, torch.Tensor
     }
 
 
+def calibration(path) -> dict[str, torch.Tensor]:
+    """What the factors beside its terms were calibrated on, as Artifact.calibration; empty for
+    whole factors."""
+    return {
+        name.removeprefix(CALIBRATION): tensor
+        for name, tensor in load_file(path).items()
+        if name.startswith(CALIBRATION)
+    }
+
+
 def _stored(path, artifact: Artifact) -> dict[str, tuple[tuple, tuple]]:
     """The codes and scales of a, and those of bt, by layer name."""
     metadata = read_metadata(path)

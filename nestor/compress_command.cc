@@ -154,12 +154,13 @@ absl::Status RunCompress(const std::vector<std::string>& arguments) {
             "here); FLOPs of a prefix ladder, bytes of others unless given");
   flags.Add("costs", &costs,
             "shares of the full level's cost to have levels at, such as 0.9,0.8,0.6; instead of "
-            "--levels");
+            "--levels; a --delta names those of its ladder");
   flags.Add("gar-levels", &gar_levels,
             "levels of a prefix ladder, 0 being its cheapest, whose layers are stored once more in "
             "their cheapest gauge, for a quarter less FLOPs at most: all, none, or such as 1,2; "
             "unless given none, with --delta all; later: an artifact to train, with the ranks of "
-            "all, but as plain factors, whose cost its levels state");
+            "all, but as plain factors, whose cost its levels state; with --delta its levels and "
+            "calibration, without what it trained");
   flags.Add("rows", &options.search.rows, "rows of the step whose time a measured search measures");
   flags.Add("probes", &options.search.probes,
             "ranks that a measured search probes of each layer and form; 1 is quickest");

@@ -166,6 +166,20 @@ class DeltaTest : public testing::Test {
     return file;
   }
 
+  // The same with what the artifact `output` was calibrated on.
+  DeltaFile FileBeside(const std::string& output) const {
+    DeltaFile file = ValidFile();
+    const auto calibration = TensorFile::Open({Path(output) + "/calibration.safetensors"});
+    EXPECT_TRUE(calibration.ok()) << calibration.status();
+    if (!calibration.ok()) return file;
+    for (const auto& [name, view] : (*calibration)->tensors()) {
+      file.replaced["calibration." + name] = {
+          view.dtype, view.shape,
+          std::string(reinterpret_cast<const char*>(view.bytes.data()), view.bytes.size())};
+    }
+    return file;
+  }
+
   // A file for gar pairs: every layer at these ranks on its levels, a Llama's key and value
   // layers, which have 24 outputs, at a third of them. Terms of deviation 0.3 are as large as the
   // weights.
@@ -252,14 +266,7 @@ TEST_F(DeltaTest, WhatItWasCalibratedOnTakesThePlaceOfTheText) {
   options.refit_tokens = 0;
   const auto trainable = Compress(options);
   ASSERT_TRUE(trainable.ok()) << trainable.status();
-  const auto calibration = TensorFile::Open({Path("trainable") + "/calibration.safetensors"});
-  ASSERT_TRUE(calibration.ok()) << calibration.status();
-  DeltaFile file = ValidFile();
-  for (const auto& [name, view] : (*calibration)->tensors()) {
-    file.replaced["calibration." + name] = {
-        view.dtype, view.shape,
-        std::string(reinterpret_cast<const char*>(view.bytes.data()), view.bytes.size())};
-  }
+  DeltaFile file = FileBeside("trainable");
   // Another text than that of the artifact that was trained.
   ASSERT_TRUE(WriteFileAtomically(Path("other.txt"), Words(800, 3)).ok());
   options.corpus.calibration_paths = {Path("other.txt")};
@@ -315,6 +322,44 @@ TEST_F(DeltaTest, WhatItWasCalibratedOnTakesThePlaceOfTheText) {
   options.self_sample_tokens = 0;
   file.replaced.clear();
   EXPECT_NE(components("unstated"), trained_beside);
+}
+
+TEST_F(DeltaTest, OneToTrainOnGivesItsLevelsAndCalibrationAlone) {
+  CompressOptions options = Options("trainable");
+  options.refit_tokens = 0;
+  ASSERT_TRUE(Compress(options).ok());
+  options.delta = Path("terms.safetensors");
+  ASSERT_TRUE(FileBeside("trainable").Write(options.delta).ok());
+  ASSERT_TRUE(WriteFileAtomically(Path("other.txt"), Words(800, 3)).ok());
+  options.corpus.calibration_paths = {Path("other.txt")};
+  options.self_sample_tokens = std::nullopt;
+  options.output = Path("again");
+  options.gar_levels = std::nullopt;
+  options.makes_gar_pairs = false;
+  const auto report = Compress(options);
+  ASSERT_TRUE(report.ok()) << report.status();
+  const auto calibration_of = [&](const std::string& artifact) {
+    return ReadFile(Path(artifact) + "/calibration.safetensors").value_or("");
+  };
+  EXPECT_EQ(calibration_of("again"), calibration_of("trainable"));
+  EXPECT_EQ(report->gar_pairs, 0);
+  // Of each layer what is stored in both: factors of that calibration, and no term before them.
+  const auto first = NestedModel::Open(Path("trainable"));
+  const auto again = NestedModel::Open(Path("again"));
+  ASSERT_TRUE(first.ok() && again.ok()) << again.status();
+  size_t compared = 0;
+  for (size_t layer = 0; layer < layers_.size(); ++layer) {
+    const int64_t rank = std::min((*first)->StoredRank(layer, Form::kPrefix),
+                                  (*again)->StoredRank(layer, Form::kPrefix));
+    std::vector<float> scratch[2];
+    const auto a = (*first)->Weights(layer, &scratch[0]);
+    const auto b = (*again)->Weights(layer, &scratch[1]);
+    ASSERT_TRUE(a.ok() && b.ok());
+    const int64_t codes = rank * PaddedToGroup(layers_[layer].in);
+    EXPECT_TRUE(std::equal(a->prefix.a, a->prefix.a + codes, b->prefix.a)) << layer;
+    compared += static_cast<size_t>(codes);
+  }
+  EXPECT_GT(compared, 0u);
 }
 
 TEST_F(DeltaTest, ACalibrationThatDoesNotFitIsRefused) {

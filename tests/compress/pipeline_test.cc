@@ -356,11 +356,8 @@ TEST_F(PipelineTest, AnArtifactToTrainHasTheRanksOfGarPairsAsPlainFactors) {
   EXPECT_GT(num_pairs, 0);
 
   options.search = {};
-  options.delta = "some.safetensors";
-  options.output = Path("trained.nested");
-  EXPECT_THAT(Compress(options).status().message(), HasSubstr("gar levels: put off, but a delta"));
+  options.output = Path("residual.nested");
   options.ladder = LadderChoice::kResidual;
-  options.delta.clear();
   EXPECT_THAT(Compress(options).status().message(),
               HasSubstr("gar levels: put off, but a residual ladder"));
 }

@@ -26,7 +26,7 @@ except ImportError as error:
     sys.exit(77)
 
 from consolidate import data, delta, evaluate, sampling
-from consolidate.__main__ import UsageError, main, parse
+from consolidate.__main__ import UsageError, main, parse, start_from
 from consolidate.artifact import (
     Artifact,
     ArtifactError,
@@ -34,6 +34,7 @@ from consolidate.artifact import (
     padded,
     quantise_factor,
     quantise_term,
+    read_metadata,
     term_codes,
 )
 from consolidate.data import Batch, DataError, Sentences, Windows, load_tokenizer
@@ -998,6 +999,75 @@ class CommandLine(unittest.TestCase):
         self.assertEqual(self.run_main(*common, "--export-only"), 0)
         for name, tensor in load_file(out).items():
             torch.testing.assert_close(tensor, first[name])
+
+    def started(self, out, start, *options) -> int:
+        """Goes on from a delta, so slowly that nothing changes."""
+        return self.run_main(
+            path("llama", "nested"),
+            "--text",
+            path("llama", "text.txt"),
+            "--length",
+            32,
+            "--out",
+            out,
+            "--steps",
+            1,
+            "--held-out-steps",
+            0,
+            "--learning-rate",
+            1e-12,
+            "--start",
+            start,
+            *options,
+        )
+
+    def products(self, file):
+        """What each layer's term computes."""
+        terms = delta.load(file, Artifact(path("llama", "nested")))
+        return {name: bt.T @ a for name, (a, bt) in terms.items()}
+
+    def test_a_run_starts_from_the_terms_of_another(self):
+        model = open_model()
+        add_random_delta(model)
+        start, out = path("start.delta.safetensors"), path("went_on.delta.safetensors")
+        export_delta(model, prefix_levels(model), start)
+        self.assertEqual(self.started(out, start), 0)
+        found, expected = self.products(out), self.products(start)
+        self.assertEqual(found.keys(), expected.keys())
+        for name, product in expected.items():
+            # Codes of 4 bits, rounded once more.
+            error = (found[name] - product).norm() / product.norm()
+            self.assertLess(error.item(), 0.15, name)
+
+    def test_a_run_starts_from_the_factors_of_another(self):
+        model = open_model()
+        levels = prefix_levels(model)
+        generator = torch.Generator().manual_seed(5)
+        for nested in model.nested:
+            nested.prefix_bt.data.normal_(generator=generator)
+        start, out = path("start.factors.safetensors"), path("went_on.factors.safetensors")
+        export_factors(model, levels, start)
+        self.assertEqual(self.started(out, start, "--train", "factors"), 0)
+        found, expected = load_file(out), load_file(start)
+        self.assertEqual(found.keys(), expected.keys())
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor)
+
+    def test_a_start_that_does_not_fit_is_refused(self):
+        model = open_model()
+        add_random_delta(model)
+        start = path("other.delta.safetensors")
+        export_delta(model, prefix_levels(model), start)
+        options = ["artifact", "--text", "t", "--out", "o", "--steps", "1", "--start", str(start)]
+        wrong = parse([*options, "--train", "factors", "--out", "o.safetensors"])
+        with self.assertRaisesRegex(UsageError, "holds terms; expected --train delta"):
+            start_from(model, wrong, [0])
+        tensors, metadata = load_file(start), read_metadata(start)
+        tensors["calibration.tokens"] = tensors["calibration.tokens"].flip(0)
+        save_file(tensors, start, metadata)
+        with self.assertRaisesRegex(UsageError, "another calibration than"):
+            start_from(model, parse(options), [0])
+        self.assertEqual(self.started(path("unwritten.safetensors"), start), 1)
 
     def test_an_artifact_is_written_and_measured(self):
         out = path("command.nested")
