@@ -52,6 +52,23 @@ TokenSequences Spread(TokenSequences sequences, int64_t tokens) {
   return taken;
 }
 
+// What the sequences are to be cut to, for `tokens` in all; the longest one's where that is too
+// few.
+int64_t LengthFor(const TokenSequences& sequences, int64_t tokens) {
+  std::vector<int64_t> sizes;
+  for (const std::vector<int32_t>& sequence : sequences) sizes.push_back(std::ssize(sequence));
+  std::sort(sizes.begin(), sizes.end());
+  int64_t left = tokens;
+  for (int64_t i = 0; i < std::ssize(sizes); ++i) {
+    const int64_t others = std::ssize(sizes) - i;
+    const int64_t share = (left + others - 1) / others;
+    const int64_t size = sizes[static_cast<size_t>(i)];
+    if (size >= share) return share;
+    left -= size;
+  }
+  return sizes.empty() ? 0 : sizes.back();
+}
+
 // About `tokens` in all, equal shares of each text as far as it reaches.
 TokenSequences Mix(std::vector<TokenSequences> texts, int64_t tokens) {
   std::sort(texts.begin(), texts.end(), [](const TokenSequences& a, const TokenSequences& b) {
@@ -118,8 +135,7 @@ absl::StatusOr<TokenSequences> SequencesOf(const std::string& text, const Tokeni
 }
 
 TokenSequences SpreadOver(TokenSequences sequences, int64_t tokens, int64_t longest) {
-  const int64_t count = std::ssize(sequences);
-  if (count > 0) longest = std::max(longest, (tokens + count - 1) / count);
+  longest = std::max(longest, LengthFor(sequences, tokens));
   for (std::vector<int32_t>& sequence : sequences) {
     sequence.resize(std::min(sequence.size(), static_cast<size_t>(longest)));
   }

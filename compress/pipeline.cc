@@ -154,6 +154,7 @@ class Compression {
   absl::Status CheckOptions() const;
   absl::Status CheckGarLevels(int64_t count) const;
   absl::Status CheckSearch() const;
+  absl::Status CheckProbeTokens(int64_t calibration_tokens) const;
   absl::Status OpenSource();
   // Takes what the delta's factors were calibrated on in place of the text.
   void CalibrateAsDelta();
@@ -339,6 +340,13 @@ absl::Status Compression::CheckGarLevels(int64_t count) const {
   return absl::OkStatus();
 }
 
+absl::Status Compression::CheckProbeTokens(int64_t calibration_tokens) const {
+  const int64_t tokens = options_.search.probe_tokens.value_or(0);
+  if (tokens <= calibration_tokens) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat("probe tokens: ", tokens, " of only ",
+                                                 calibration_tokens, " calibration tokens"));
+}
+
 absl::Status Compression::CheckSearch() const {
   const RankSearchOptions& search = options_.search;
   if (!options_.delta.empty() && (!has_prefix() || options_.ladder == LadderChoice::kMixed)) {
@@ -359,10 +367,8 @@ absl::Status Compression::CheckSearch() const {
   if (!is_measured() && search.objective == RankObjective::kTime) {
     return absl::InvalidArgumentError("search: time as the objective needs a measured search");
   }
-  if (search.probe_tokens.value_or(0) > options_.corpus.calibration_tokens) {
-    return absl::InvalidArgumentError(absl::StrCat("probe tokens: ", *search.probe_tokens,
-                                                   " of only ", options_.corpus.calibration_tokens,
-                                                   " calibration tokens"));
+  if (options_.delta.empty()) {
+    NESTOR_RETURN_IF_ERROR(CheckProbeTokens(options_.corpus.calibration_tokens));
   }
   std::vector<double> costs = search.costs;
   std::sort(costs.begin(), costs.end());
@@ -417,6 +423,7 @@ absl::Status Compression::OpenSource() {
   NESTOR_ASSIGN_OR_RETURN(corpus_,
                           ReadCorpus(corpus, source_engine_->tokenizer(), source_->spec()));
   if (has_calibrated_delta()) CalibrateAsDelta();
+  NESTOR_RETURN_IF_ERROR(CheckProbeTokens(CountTokens(corpus_.calibration)));
   text_sequences_ = corpus_.calibration.size();
   PlanLadders();
   for (const LadderPlan& ladder : ladders_) {
@@ -1140,7 +1147,8 @@ absl::Status Compression::ChooseActivations(const std::vector<Level>& levels) {
   const int64_t tokens = is_encoder ? kEncoderActivationTokens : kLanguageModelActivationTokens;
   const TokenSequences text = TextToMeasure(tokens);
   ActivationProbe probe(open_model, options_.make_backend, text, tokens, is_encoder);
-  ActivationProbe rough_probe(open_model, options_.make_backend, text,
+  ActivationProbe rough_probe(open_model, options_.make_backend,
+                              TextToMeasure(tokens / kRoughActivationShare),
                               tokens / kRoughActivationShare, is_encoder);
   const std::vector<LinearSpec>& layers = source_->layers();
   NESTOR_ASSIGN_OR_RETURN(
@@ -1192,7 +1200,8 @@ absl::StatusOr<CompressReport> Compression::Run() {
     if (makes_pairs) NESTOR_RETURN_IF_ERROR(RunGarPairs(&levels));
     NESTOR_RETURN_IF_ERROR(ChooseActivations(levels));
     NESTOR_ASSIGN_OR_RETURN(const std::vector<Level> measured, MeasureLevels(levels));
-    report_.levels = WithoutInversions(measured, &report_.notes);
+    // What trains is not judged by what it is before.
+    report_.levels = is_to_train() ? measured : WithoutInversions(measured, &report_.notes);
     KeepSearched(report_.levels, &report_.search);
     if (report_.levels.size() < measured.size()) {
       NESTOR_RETURN_IF_ERROR(WriteParts(report_.levels));

@@ -65,7 +65,8 @@ struct CompressOptions {
   // may run gar pairs where a layer's prefix is cheaper so; unset: all.
   std::optional<std::vector<int>> gar_levels;
   // Whether those pairs are made. An artifact without is one to train: its ranks are chosen at the
-  // cost of pairs, and run as plain factors, which may cost more than the dense layer.
+  // cost of pairs, and run as plain factors, which may cost more than the dense layer. Of a delta
+  // it has the levels and the calibration, not what was trained, from which training may go on.
   bool makes_gar_pairs = true;
   RankSearchOptions search;
   // A file of consolidate/, empty for none: it names the prefix ladder's levels and improves them

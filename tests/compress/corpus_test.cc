@@ -133,6 +133,12 @@ TEST(SpreadOverTest, TakesMoreOfEachWhereBeginningsAreTooFew) {
   EXPECT_EQ(SpreadOver(sequences, 1000, 20), sequences);
 }
 
+TEST(SpreadOverTest, TakesMoreOfLongOnesWhereOthersAreShort) {
+  const TokenSequences sequences = {std::vector<int32_t>(100, 1), {2}};
+  EXPECT_EQ(SpreadOver(sequences, 120, 20), sequences);
+  EXPECT_EQ(CountTokens(SpreadOver(sequences, 51, 20)), 51);
+}
+
 TEST(SpreadOverTest, KeepsWhatIsShorter) {
   const TokenSequences sequences = {{1, 2, 3}, {4}, {5, 6}};
   EXPECT_EQ(SpreadOver(sequences, 6, 20), sequences);

@@ -343,6 +343,10 @@ TEST_F(DeltaTest, OneToTrainOnGivesItsLevelsAndCalibrationAlone) {
   };
   EXPECT_EQ(calibration_of("again"), calibration_of("trainable"));
   EXPECT_EQ(report->gar_pairs, 0);
+  ASSERT_EQ(report->levels.size(), 3u);
+  EXPECT_EQ(report->levels[0].profile, Profile(layers_.size(), {Form::kPrefix, 8}));
+  EXPECT_EQ(report->levels[1].profile[0], FormAndRank());
+  EXPECT_EQ(report->levels[1].profile[1], (FormAndRank{Form::kPrefix, 16}));
   // Of each layer what is stored in both: factors of that calibration, and no term before them.
   const auto first = NestedModel::Open(Path("trainable"));
   const auto again = NestedModel::Open(Path("again"));

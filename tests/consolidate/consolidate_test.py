@@ -1053,6 +1053,24 @@ class CommandLine(unittest.TestCase):
         for name, tensor in expected.items():
             torch.testing.assert_close(found[name], tensor)
 
+    def test_a_checkpoint_of_another_start_is_refused(self):
+        model = open_model()
+        add_random_delta(model)
+        start, out = path("one.delta.safetensors"), path("from_one.delta.safetensors")
+        export_delta(model, prefix_levels(model), start)
+        self.assertEqual(self.started(out, start), 0)
+        self.assertEqual(self.started(out, start), 0)  # goes on, and is done
+        self.assertEqual(self.started(out, out), 1)
+
+    def test_factors_that_levels_run_further_than_they_reach_are_refused(self):
+        model = open_model()
+        levels = prefix_levels(model)
+        start = path("short.factors.safetensors")
+        export_factors(model, levels[:1], start)  # of the cheapest level alone
+        out = path("unwritten.factors.safetensors")
+        self.assertEqual(self.started(out, start, "--train", "factors"), 1)
+        self.assertFalse(out.exists())
+
     def test_a_start_that_does_not_fit_is_refused(self):
         model = open_model()
         add_random_delta(model)
@@ -1068,6 +1086,9 @@ class CommandLine(unittest.TestCase):
         with self.assertRaisesRegex(UsageError, "another calibration than"):
             start_from(model, parse(options), [0])
         self.assertEqual(self.started(path("unwritten.safetensors"), start), 1)
+        start.write_bytes(b"no safetensors")
+        self.assertEqual(self.started(path("unwritten.safetensors"), start), 1)
+        self.assertEqual(self.started(path("unwritten.safetensors"), path("absent")), 1)
 
     def test_an_artifact_is_written_and_measured(self):
         out = path("command.nested")
