@@ -11,7 +11,7 @@
 namespace nestor {
 namespace {
 
-constexpr int64_t kResidualRankStep = 8;
+constexpr int64_t kResidualRankStep = 4;
 constexpr int64_t kPrefixRankStep = 8;
 // A layer of fewer useful ranks than this many steps takes smaller ones.
 constexpr int64_t kLeastPrefixSteps = 4;

@@ -53,7 +53,7 @@ struct CompressOptions {
   // writes as many as the text gives, and none with a delta that brings what to calibrate on.
   // Encoders cannot.
   std::optional<int64_t> self_sample_tokens;
-  // Most components of a residual; multiples of 8. The head has inputs with fewer dominant
+  // Most components of a residual; multiples of 4. The head has inputs with fewer dominant
   // directions than a block's layers (methods: Residual ladders), so it may have more.
   int64_t max_residual_rank = 64;
   int64_t max_head_residual_rank = 128;

@@ -15,7 +15,7 @@
 namespace nestor {
 namespace {
 
-constexpr int64_t kRankStep = 8;  // as compression steps
+constexpr int64_t kRankStep = 8;
 constexpr const char* kFull = "full";
 
 // FLOPs or weight bytes, as `ladder` counts.
@@ -55,9 +55,11 @@ std::optional<Level> LevelBetween(const NestedModel& model, const Level& low, co
                 CostOn(ladder, low.cost);
   std::vector<std::vector<PricedChoice>> choices;
   for (size_t i = 0; i < model.layers().size(); ++i) {
-    choices.push_back(ChoicesBetween(
-        model.layers()[i], model.dense_storage(), ladder, low.profile[i], high.profile[i],
-        model.StoredRank(i, low.profile[i].form), model.HasMiddlePlane(i)));
+    const Form form = low.profile[i].form;
+    const int64_t stored_rank = form == Form::kGar ? 0 : model.StoredRank(i, form);
+    choices.push_back(ChoicesBetween(model.layers()[i], model.dense_storage(), ladder,
+                                     low.profile[i], high.profile[i], stored_rank,
+                                     model.HasMiddlePlane(i)));
     budget += choices.back().front().cost;
   }
   Level level;
@@ -174,14 +176,19 @@ std::vector<PricedChoice> ChoicesBetween(const LinearSpec& layer, DenseStorage d
                                                             dense, choice.form, choice.rank))};
   };
   std::vector<PricedChoice> choices = {priced(low)};
-  if (low.form == Form::kGar || low.form == Form::kDense) return choices;
+  if (low.form == Form::kDense) return choices;
+  // A pair serves one rank: the layer goes all the way or stays.
+  if (low.form == Form::kGar || high.form == Form::kGar) {
+    const PricedChoice next = priced(high);
+    if (next.cost > choices.back().cost) choices.push_back(next);
+    return choices;
+  }
   // What follows the last rank: the middle plane, the dense weights, or both.
   std::vector<PricedChoice> after;
   if (low.form == Form::kResidual && has_middle && high.form == Form::kDense) {
     after.push_back(priced({Form::kMiddle, 0}));
   }
   if (!HasRanks(high.form)) after.push_back(priced(high));
-  if (high.form != low.form && after.empty()) return choices;  // a pair above a prefix
   const int64_t last_rank = after.empty() ? high.rank : stored_rank;
   for (int64_t rank = low.rank; HasRanks(low.form) && rank < last_rank;) {
     rank = std::min((rank / kRankStep + 1) * kRankStep, last_rank);

@@ -31,8 +31,8 @@ struct PricedChoice {
 // From `low`'s choice to `high`'s, ascending in rank and cost: ranks in steps of 8 up to `high`'s,
 // or, where `high` is dense or the middle plane, up to the `stored_rank` components that the layer
 // has of `low`'s form and that cost less than what follows them: the middle plane, where
-// `has_middle`, and `high`. A layer that is dense, or frozen at one rank, has `low`'s only.
-// REQUIRES: IsNested(low, high).
+// `has_middle`, and `high`. A layer with a gar pair on either side, which serves one rank, has the
+// two choices alone; one that is dense has just that. REQUIRES: IsNested(low, high).
 std::vector<PricedChoice> ChoicesBetween(const LinearSpec& layer, DenseStorage dense,
                                          const std::string& ladder, const FormAndRank& low,
                                          const FormAndRank& high, int64_t stored_rank,

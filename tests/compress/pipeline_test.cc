@@ -15,6 +15,8 @@
 #include "base/file.h"
 #include "compress/evaluate.h"
 #include "compress/quantise.h"
+#include "engine/engine.h"
+#include "engine/interpolate.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "kernels/cpu/cpu_backend.h"
@@ -332,6 +334,36 @@ TEST_F(PipelineTest, RefittedPrefixesStayCloserToTheFullLevel) {
 int64_t CountGar(const Level& level) {
   return std::count_if(level.profile.begin(), level.profile.end(),
                        [](const FormAndRank& layer) { return layer.form == Form::kGar; });
+}
+
+TEST_F(PipelineTest, LevelsBetweenThoseOfGarPairsRunAtTheCostThatTheyState) {
+  CompressOptions options = OptionsOfOneLevel();
+  options.search.costs = {0.7, 0.85};
+  const auto report = Compress(options);
+  ASSERT_TRUE(report.ok()) << report.status();
+  ASSERT_GT(CountGar(report->levels[0]), 0);
+  auto model = NestedModel::Open(options.output);
+  ASSERT_TRUE(model.ok()) << model.status();
+  const auto swept = WithSweptLevels(**model, 5);
+  ASSERT_TRUE(swept.ok()) << swept.status();
+  ASSERT_GT(swept->size(), report->levels.size());
+  ASSERT_TRUE((*model)->SetLevels(*swept).ok());
+  const auto engine = Engine::Create(*std::move(model), MakeReferenceBackend(), {});
+  ASSERT_TRUE(engine.ok()) << engine.status();
+  const std::vector<int32_t> tokens = {1, 2, 3};
+  for (size_t i = 0; i < swept->size(); ++i) {
+    const auto sequence = (*engine)->AddSequence(8);
+    ASSERT_TRUE(sequence.ok());
+    StepPlan plan;
+    plan.entries.push_back({.sequence = *sequence,
+                            .tokens = tokens,
+                            .level = static_cast<int>(i),
+                            .output = StepEntry::Output::kAllLogits});
+    const auto result = (*engine)->Step(plan);
+    ASSERT_TRUE(result.ok()) << result.status();
+    EXPECT_EQ(result->executed.weight_bytes, (*swept)[i].cost.weight_bytes) << i;
+    (*engine)->RemoveSequence(*sequence);
+  }
 }
 
 TEST_F(PipelineTest, AnArtifactToTrainHasTheRanksOfGarPairsAsPlainFactors) {

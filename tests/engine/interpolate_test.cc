@@ -63,6 +63,19 @@ TEST(ChoicesBetweenTest, TheMiddlePlaneComesAfterTheRanksThatAreCheaper) {
   EXPECT_THAT(Between(middle, {}, 64, true), ElementsAre(middle, FormAndRank{}));
 }
 
+TEST(ChoicesBetweenTest, AGarPairGoesAllTheWayOrStays) {
+  const FormAndRank pair = {Form::kGar, 40};
+  const FormAndRank larger = {Form::kGar, 64};
+  const auto between = [](const FormAndRank& low, const FormAndRank& high) {
+    return ChoicesOf(ChoicesBetween(Layer(96, 128), DenseStorage::kPlanes, "prefix", low, high, 0));
+  };
+  EXPECT_THAT(between(pair, larger), ElementsAre(pair, larger));
+  EXPECT_THAT(between(pair, {}), ElementsAre(pair, FormAndRank{}));
+  EXPECT_THAT(between(pair, pair), ElementsAre(pair));
+  const FormAndRank prefix = {Form::kPrefix, 16};
+  EXPECT_THAT(between(prefix, pair), ElementsAre(prefix, pair));
+}
+
 TEST(ChoicesBetweenTest, ADenseLayerStaysDense) {
   EXPECT_THAT(Between({}, {}, 64), ElementsAre(FormAndRank{}));
 }
