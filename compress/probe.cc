@@ -26,16 +26,16 @@ constexpr double kSingleResidualRank = 16;
 constexpr double kSinglePrefixShare = 0.4;
 // The least prefix rank that several probes begin at, as share of the largest.
 constexpr double kLeastPrefixShare = 0.125;
+// Residual ranks begin at 0, so those of several probes are geometric in the rank plus this.
+constexpr double kResidualOffset = 8;
 // Losses and energies below are rounding.
 constexpr double kFloor = 1e-12;
 
 // The ranks, not rounded to options, that `count` probes of a form aim at.
-std::vector<double> RanksAimedAt(Form form, double least, double step, double largest,
-                                 int64_t count) {
+std::vector<double> RanksAimedAt(Form form, double least, double largest, int64_t count) {
   const bool is_residual = form == Form::kResidual;
   if (count == 1) return {is_residual ? kSingleResidualRank : kSinglePrefixShare * largest};
-  // Residual ranks begin at 0, so their steps are geometric in the rank after next.
-  const double offset = is_residual ? step : 0;
+  const double offset = is_residual ? kResidualOffset : 0;
   const double begin = offset + (is_residual ? least : kLeastPrefixShare * largest);
   std::vector<double> ranks;
   for (int64_t i = 0; i < count; ++i) {
@@ -55,10 +55,9 @@ void AddProbes(size_t layer, std::vector<LayerOption> options, int64_t count,
     return a.choice.rank < b.choice.rank;
   });
   const auto rank_of = [&](size_t i) { return static_cast<double>(options[i].choice.rank); };
-  const double step = rank_of(1) - rank_of(0);
   int64_t last = -1;
   for (const double rank :
-       RanksAimedAt(options[0].choice.form, rank_of(0), step, rank_of(options.size() - 1), count)) {
+       RanksAimedAt(options[0].choice.form, rank_of(0), rank_of(options.size() - 1), count)) {
     const LayerOption& nearest = *std::min_element(
         options.begin(), options.end(), [&](const LayerOption& a, const LayerOption& b) {
           return std::fabs(static_cast<double>(a.choice.rank) - rank) <

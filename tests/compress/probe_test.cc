@@ -37,6 +37,14 @@ TEST(ChooseProbesTest, RanksOfEachFormInGeometricSteps) {
   for (const Probe& probe : probes) EXPECT_GT(probe.energy, 0);
 }
 
+TEST(ChooseProbesTest, RanksDoNotDependOnTheStepOfOptions) {
+  std::vector<LayerOption> layer = {{.choice = {}, .cost = 1000, .error = 0}};
+  for (int64_t rank = 0; rank <= 64; rank += 4) {
+    layer.push_back({{Form::kResidual, rank}, rank, 1.0 / static_cast<double>(rank + 1)});
+  }
+  EXPECT_EQ(RanksOf(ChooseProbes({layer}, 3), Form::kResidual), (std::vector<int64_t>{0, 16, 64}));
+}
+
 TEST(ChooseProbesTest, OneProbeStandsWhereALadderSpendsMost) {
   const std::vector<Probe> probes = ChooseProbes(Options(64, 256), 1);
   EXPECT_EQ(RanksOf(probes, Form::kResidual), (std::vector<int64_t>{16}));
