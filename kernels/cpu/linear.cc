@@ -82,6 +82,16 @@ void LinearRunner::PrepareFor(const PackedLinear& layer) {
   input_codes_.GrowTo(kMaxFewRows * CodeStride(layer.in));
   plans_.resize(std::max<size_t>(plans_.size(), kPartsOfACall));
   for (PartPlan& plan : plans_) plan.all_stages.reserve(2 + layer.gar.size());
+  if (layer.float_activations) {  // few rows then run as many do
+    rounded_parts_.reserve(kPartsOfACall);
+    float_parts_.reserve(kPartsOfACall);
+    if (kernels_->int8_gemm != nullptr) z_codes_.GrowTo(kPartsOfACall * kMaxFewRows * z_size);
+    bf16_input_.GrowTo(kMaxFewRows * RoundUp(layer.in, 16));
+    if (!layer.gar.empty()) {
+      for (ThreadState& thread : threads_)
+        thread.unordered.GrowTo(LargestBlock(kMaxFewRows) * kPanelOutputs);
+    }
+  }
   const bool unpacks_middle = layer.middle != nullptr && kernels_->middle_planes == nullptr;
   for (ThreadState& thread : threads_) {
     thread.scaled_z.GrowTo(kRowsOfScaledZ * PaddedToGroup(max_rank));
