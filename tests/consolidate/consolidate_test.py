@@ -979,47 +979,27 @@ class CommandLine(unittest.TestCase):
     def run_main(self, *arguments) -> int:
         return main([str(argument) for argument in arguments])
 
+    def run_on_llama(self, out, *options) -> int:
+        """Trains the tiny Llama on its text."""
+        text = path("llama", "text.txt")
+        common = ("--text", text, "--length", 32, "--out", out)
+        return self.run_main(path("llama", "nested"), *common, *options)
+
     def test_a_delta_is_trained_and_exported_anew_from_its_checkpoint(self):
         out = path("command.delta.safetensors")
-        common = (
-            path("llama", "nested"),
-            "--text",
-            path("llama", "text.txt"),
-            "--length",
-            32,
-            "--out",
-            out,
-            "--delta-bytes",
-            20000,
-        )
-        self.assertEqual(self.run_main(*common, "--steps", 3, "--held-out", 2), 0)
+        size = ("--delta-bytes", 20000)
+        self.assertEqual(self.run_on_llama(out, *size, "--steps", 3, "--held-out", 2), 0)
         first = load_file(out)
         self.assertTrue(first)
         out.unlink()
-        self.assertEqual(self.run_main(*common, "--export-only"), 0)
+        self.assertEqual(self.run_on_llama(out, *size, "--export-only"), 0)
         for name, tensor in load_file(out).items():
             torch.testing.assert_close(tensor, first[name])
 
     def started(self, out, start, *options) -> int:
         """Goes on from a delta, so slowly that nothing changes."""
-        return self.run_main(
-            path("llama", "nested"),
-            "--text",
-            path("llama", "text.txt"),
-            "--length",
-            32,
-            "--out",
-            out,
-            "--steps",
-            1,
-            "--held-out-steps",
-            0,
-            "--learning-rate",
-            1e-12,
-            "--start",
-            start,
-            *options,
-        )
+        slowly = ("--steps", 1, "--held-out-steps", 0, "--learning-rate", 1e-12)
+        return self.run_on_llama(out, *slowly, "--start", start, *options)
 
     def products(self, file):
         """What each layer's term computes."""
@@ -1113,24 +1093,8 @@ class CommandLine(unittest.TestCase):
         ):
             with self.assertRaisesRegex(UsageError, said):
                 parse(common + arguments)
-        model = path("llama", "nested")
         self.assertEqual(self.run_main(path("absent"), *common[1:], "--steps", 1), 1)
-        self.assertEqual(
-            self.run_main(
-                model,
-                "--text",
-                path("llama", "text.txt"),
-                "--length",
-                32,
-                "--out",
-                path("x"),
-                "--steps",
-                1,
-                "--levels",
-                "0.01",
-            ),
-            1,
-        )
+        self.assertEqual(self.run_on_llama(path("x"), "--steps", 1, "--levels", "0.01"), 1)
 
 
 if __name__ == "__main__":
