@@ -423,7 +423,11 @@ absl::Status Compression::OpenSource() {
   NESTOR_ASSIGN_OR_RETURN(corpus_,
                           ReadCorpus(corpus, source_engine_->tokenizer(), source_->spec()));
   if (has_calibrated_delta()) CalibrateAsDelta();
-  NESTOR_RETURN_IF_ERROR(CheckProbeTokens(CountTokens(corpus_.calibration)));
+  if (delta_.has_value()) {
+    NESTOR_RETURN_IF_ERROR(CheckProbeTokens(has_calibrated_delta()
+                                                ? CountTokens(corpus_.calibration)
+                                                : options_.corpus.calibration_tokens));
+  }
   text_sequences_ = corpus_.calibration.size();
   PlanLadders();
   for (const LadderPlan& ladder : ladders_) {
@@ -902,7 +906,10 @@ absl::Status Compression::CompareLosses(const std::vector<Level>& levels) {
   NESTOR_ASSIGN_OR_RETURN(std::unique_ptr<NestedModel> model, OpenModel(levels));
   NESTOR_ASSIGN_OR_RETURN(const std::unique_ptr<Engine> engine, OpenToCompare(std::move(model)));
   const TokenSequences sequences = ProbeText();
-  Progress progress("Comparing losses", std::ssize(levels) * CountTokens(sequences));
+  const auto compared =
+      std::count_if(report_.search.begin(), report_.search.end(),
+                    [](const SearchedLevel& each) { return each.predicted_loss.has_value(); });
+  Progress progress("Comparing losses", compared * CountTokens(sequences));
   const int full = static_cast<int>(levels.size()) - 1;
   const double full_time =
       static_cast<double>(layer_times_->OfProfile(source_->layers(), levels.back().profile));

@@ -45,8 +45,8 @@ nlohmann::json FigureReport(const NestedModel& model, const MeasuredModel& measu
 // one that was measured. REQUIRES: report.search is not empty.
 std::string SearchTable(const CompressReport& report, int64_t rows);
 // The same as the list `search` of --json, empty without a measured search: level, relative_cost,
-// relative_flops, relative_time, seconds, predicted_loss, measured_loss (both
-// null at a level that a delta names).
+// relative_flops, relative_time, seconds, predicted_loss, measured_loss (both null at a
+// level that a delta names).
 nlohmann::json SearchReport(const CompressReport& report);
 
 }  // namespace nestor

