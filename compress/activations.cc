@@ -142,14 +142,13 @@ std::string FloatLayers(const std::vector<LinearSpec>& layers, const std::vector
 }
 
 ActivationProbe::ActivationProbe(ModelFactory open_model, BackendFactory make_backend,
-                                 const TokenSequences& sequences, int64_t tokens, bool is_encoder)
+                                 TokenSequences sequences, bool is_encoder)
     : open_model_(std::move(open_model)),
       make_backend_(std::move(make_backend)),
-      is_encoder_(is_encoder) {
-  for (const std::vector<int32_t>& sequence : sequences) {
-    if (CountTokens(sequences_) >= tokens) break;
-    sequences_.push_back(is_encoder ? CutToStep(sequence) : sequence);
-  }
+      is_encoder_(is_encoder),
+      sequences_(std::move(sequences)) {
+  if (!is_encoder) return;
+  for (std::vector<int32_t>& sequence : sequences_) sequence = CutToStep(std::move(sequence));
 }
 
 absl::StatusOr<std::vector<double>> ActivationProbe::OutputsOf(

@@ -53,9 +53,9 @@ class ActivationProbe {
  public:
   using ModelFactory = std::function<absl::StatusOr<std::unique_ptr<NestedModel>>()>;
 
-  // Of `sequences` the first ones, up to `tokens`; an encoder's are cut to what a step holds.
-  ActivationProbe(ModelFactory open_model, BackendFactory make_backend,
-                  const TokenSequences& sequences, int64_t tokens, bool is_encoder);
+  // An encoder's sequences are cut to what a step holds.
+  ActivationProbe(ModelFactory open_model, BackendFactory make_backend, TokenSequences sequences,
+                  bool is_encoder);
 
   // See ActivationLoss.
   absl::StatusOr<double> Loss(const std::vector<bool>& is_float);

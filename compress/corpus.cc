@@ -8,6 +8,7 @@
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
 #include "absl/strings/strip.h"
+#include "base/check.h"
 #include "base/checksum.h"
 #include "base/file.h"
 #include "base/status_macros.h"
@@ -145,6 +146,7 @@ TokenSequences SpreadOver(TokenSequences sequences, int64_t tokens, int64_t long
 absl::StatusOr<Corpus> ReadCorpus(const CorpusOptions& options, const Tokenizer& tokenizer,
                                   const ModelSpec& spec) {
   const bool holds_out = options.evaluation_path.empty();
+  NESTOR_CHECK(!holds_out || !options.calibration_paths.empty());
   std::vector<TokenSequences> calibration;
   std::vector<TokenSequences> evaluation;
   std::string calibration_text;
@@ -169,10 +171,12 @@ absl::StatusOr<Corpus> ReadCorpus(const CorpusOptions& options, const Tokenizer&
   Corpus corpus;
   corpus.calibration = Mix(std::move(calibration), options.calibration_tokens);
   corpus.evaluation = Mix(std::move(evaluation), options.evaluation_tokens);
-  NESTOR_RETURN_IF_ERROR(CheckLength(
-      absl::StrCat(paths, holds_out ? " (without its last fifth, which is held out)" : "",
-                   ": calibration text"),
-      corpus.calibration, std::min(kLeastCalibrationTokens, options.calibration_tokens)));
+  if (!options.calibration_paths.empty()) {
+    NESTOR_RETURN_IF_ERROR(CheckLength(
+        absl::StrCat(paths, holds_out ? " (without its last fifth, which is held out)" : "",
+                     ": calibration text"),
+        corpus.calibration, std::min(kLeastCalibrationTokens, options.calibration_tokens)));
+  }
   NESTOR_RETURN_IF_ERROR(
       CheckLength(holds_out ? absl::StrCat(paths, ": its last fifth, held out for evaluation")
                             : absl::StrCat(options.evaluation_path, ": evaluation text"),

@@ -31,6 +31,7 @@ absl::StatusOr<TokenSequences> SequencesOf(const std::string& text, const Tokeni
 TokenSequences SpreadOver(TokenSequences sequences, int64_t tokens, int64_t longest);
 
 struct CorpusOptions {
+  // None: nothing to calibrate with is read. REQUIRES: then an evaluation_path.
   std::vector<std::string> calibration_paths;
   // Empty: the last fifth of each calibration text, which then does not calibrate.
   std::string evaluation_path;

@@ -285,7 +285,8 @@ absl::Status Compression::CheckOptions() const {
     return absl::InvalidArgumentError(
         absl::StrCat("levels: must be positive; was ", options_.levels));
   }
-  if (options_.corpus.calibration_paths.empty()) {
+  // A delta may bring its own.
+  if (options_.corpus.calibration_paths.empty() && options_.delta.empty()) {
     return absl::InvalidArgumentError("calibration: no text is given");
   }
   for (const auto& [name, value] :
@@ -404,6 +405,17 @@ absl::Status Compression::OpenSource() {
         delta_, ReadDelta(options_.delta, source_sha256_, source_->layers(), source_->spec()));
     NESTOR_RETURN_IF_ERROR(CheckGarLevels(std::ssize(delta_->profiles)));
   }
+  if (options_.corpus.calibration_paths.empty()) {
+    if (!has_calibrated_delta()) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("calibration: no text is given, and ", options_.delta, " brings none"));
+    }
+    if (options_.corpus.evaluation_path.empty()) {
+      return absl::InvalidArgumentError(
+          "evaluation: no text is given, nor one for calibration, whose last fifth would be it; "
+          "expected one of them");
+    }
+  }
   if (has_calibrated_delta() && options_.self_sample_tokens.value_or(0) > 0) {
     return absl::InvalidArgumentError(
         absl::StrCat("tokens to sample: ", *options_.self_sample_tokens,
@@ -450,12 +462,15 @@ void Compression::CalibrateAsDelta() {
     all.insert(all.end(), sequence.begin(), sequence.end());
   }
   corpus_.calibration_sha256 = Sha256(std::as_bytes(std::span(all)));
-  report_.notes.push_back(
-      absl::StrCat("calibrated on the ", CountTokens(corpus_.calibration),
-                   " tokens that the delta brings, instead of the text for calibration",
-                   options_.corpus.evaluation_path.empty()
-                       ? ", whose last fifth, on which levels are measured, may be among them"
-                       : ""));
+  std::string note = absl::StrCat("calibrated on the ", CountTokens(corpus_.calibration),
+                                  " tokens that the delta brings");
+  if (!options_.corpus.calibration_paths.empty()) {
+    note += ", instead of the text for calibration";
+  }
+  if (options_.corpus.evaluation_path.empty()) {
+    note += ", whose last fifth, on which levels are measured, may be among them";
+  }
+  report_.notes.push_back(std::move(note));
 }
 
 void Compression::PlanLadders() {
@@ -1152,11 +1167,9 @@ absl::Status Compression::ChooseActivations(const std::vector<Level>& levels) {
   const auto open_model = [&] { return OpenModel(levels); };
   const bool is_encoder = source_->spec().is_encoder();
   const int64_t tokens = is_encoder ? kEncoderActivationTokens : kLanguageModelActivationTokens;
-  const TokenSequences text = TextToMeasure(tokens);
-  ActivationProbe probe(open_model, options_.make_backend, text, tokens, is_encoder);
+  ActivationProbe probe(open_model, options_.make_backend, TextToMeasure(tokens), is_encoder);
   ActivationProbe rough_probe(open_model, options_.make_backend,
-                              TextToMeasure(tokens / kRoughActivationShare),
-                              tokens / kRoughActivationShare, is_encoder);
+                              TextToMeasure(tokens / kRoughActivationShare), is_encoder);
   const std::vector<LinearSpec>& layers = source_->layers();
   NESTOR_ASSIGN_OR_RETURN(
       const ActivationChoice choice,

@@ -1,6 +1,7 @@
 """Trains the nested levels of an artifact against its full level (docs/ladders.md)."""
 
 import argparse
+import ctypes
 import hashlib
 import os
 import pathlib
@@ -326,6 +327,9 @@ def objective_of(model: NestedModel, options, teacher, levels):
 
 def write(trainer: Trainer, options):
     model = trainer.model
+    # Which compress may measure a delta on.
+    held_out = trainer.directory / "held_out.txt"
+    held_out.write_text(trainer.text.held_out_text(), encoding="utf-8")
     if writes_delta(options):
         export = export_delta if options.train == "delta" else export_factors
         export(model, ladder_of(model.artifact), options.out)
@@ -336,10 +340,7 @@ def write(trainer: Trainer, options):
             file=sys.stderr,
         )
         return
-    evaluation = options.evaluation
-    if evaluation is None:
-        evaluation = trainer.directory / "held_out.txt"
-        evaluation.write_text(trainer.text.held_out_text(), encoding="utf-8")
+    evaluation = options.evaluation or held_out
     # Its stated qualities are those of the old factors until it is measured, so it has another
     # name till then.
     unmeasured = f"{options.out}.unmeasured"
@@ -353,11 +354,26 @@ def write(trainer: Trainer, options):
         print(f"{level['form']} {level['relative_flops']:.3f}: quality {level['quality']:.4f}")
 
 
+def keep_memory():
+    """Lets glibc keep what is freed. A pass's tensors are large and come again with the next one;
+    pages given back and taken anew cost a CPU up to a tenth of its time (docs/benchmarks.md)."""
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):
+        return
+    # M_TRIM_THRESHOLD, M_MMAP_MAX and M_ARENA_MAX of malloc.h: never trims, maps nothing apart, and
+    # has one arena, since others hold 64 MB at most.
+    for option, value in ((-1, -1), (-4, 0), (-8, 1)):
+        if libc.mallopt(option, value) == 0:
+            print(f"mallopt({option}, {value}) has no effect", file=sys.stderr)
+
+
 def run(options) -> int:
     torch.set_num_threads(options.threads)
     if torch.device(options.device).type == "cuda":
         # Matrices that are composed in fp32 go on in bf16.
         torch.set_float32_matmul_precision("high")
+    else:
+        keep_memory()
     model = NestedModel(Artifact(options.artifact)).to(options.device)
     levels = levels_named(model.artifact, options.levels)
     work = pathlib.Path(options.work or f"{options.out}.training")

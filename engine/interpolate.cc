@@ -208,6 +208,7 @@ Profile InterpolateProfile(const std::vector<std::vector<PricedChoice>>& choices
     size_t layer;
     size_t choice;
     double position;  // of the way from the layer's first choice to its last; 0 to 1
+    int64_t cost;     // of the step
   };
   std::vector<Step> steps;
   std::vector<size_t> chosen(choices.size(), 0);
@@ -219,15 +220,22 @@ Profile InterpolateProfile(const std::vector<std::vector<PricedChoice>>& choices
     for (size_t i = 1; i < of_layer.size(); ++i) {
       // A layer moves on where the next choice is the nearer one.
       const int64_t middle = of_layer[i - 1].cost + of_layer[i].cost - 2 * of_layer[0].cost;
-      steps.push_back({layer, i, 0.5 * static_cast<double>(middle) / way});
+      steps.push_back({layer, i, 0.5 * static_cast<double>(middle) / way,
+                       of_layer[i].cost - of_layer[i - 1].cost});
     }
   }
-  std::stable_sort(steps.begin(), steps.end(),
-                   [](const Step& a, const Step& b) { return a.position < b.position; });
+  std::stable_sort(steps.begin(), steps.end(), [](const Step& a, const Step& b) {
+    return a.position != b.position ? a.position < b.position : a.cost > b.cost;
+  });
+  std::optional<double> waiting;  // for a step that did not fit: nothing due with it goes first
   for (const Step& step : steps) {
     const std::vector<PricedChoice>& of_layer = choices[step.layer];
     const int64_t more = of_layer[step.choice].cost - of_layer[chosen[step.layer]].cost;
-    if (total + more > budget) continue;
+    if (step.position == waiting) continue;
+    if (total + more > budget) {
+      waiting = step.position;
+      continue;
+    }
     total += more;
     chosen[step.layer] = step.choice;
   }

@@ -40,14 +40,18 @@ std::vector<PricedChoice> ChoicesBetween(const LinearSpec& layer, DenseStorage d
 
 // One choice of each layer, together at most `budget`: every layer goes as far from its first
 // choice to its last as the others do, measured in cost, and what is then left of the budget goes
-// to whatever step still fits. Just the first choices where not even they fit.
+// to whatever later step still fits. Steps that are due at the same point, as those of all layers
+// that have only one, go largest first; where one does not fit, the smaller ones due with it are
+// left out, too (docs/ladders.md, "Any rank", says why), so as much of the budget as the largest
+// step may be left over. Just the first choices where not even they fit.
 Profile InterpolateProfile(const std::vector<std::vector<PricedChoice>>& choices, int64_t budget);
 
 // The levels of `model` with those wanted, in the order that NestedModel::SetLevels expects. Every
-// wanted one is nested between its neighbours, costs what was asked for or a little less, and is
-// marked as interpolated; its quality is an estimate, linear in logarithm over cost between its
-// neighbours. INVALID_ARGUMENT names the cost that is not between the cheapest level's and 1, is
-// there twice, or has no level of its own, and a ladder that the model does not have.
+// wanted one is nested between its neighbours, costs what was asked for or less, by up to the
+// largest step, and is marked as interpolated; its quality is an estimate, linear in logarithm over
+// cost between its neighbours. INVALID_ARGUMENT names the cost that is not between the cheapest
+// level's and 1, is there twice, or has no level of its own, and a ladder that the model does not
+// have.
 absl::StatusOr<std::vector<Level>> WithInterpolatedLevels(const NestedModel& model,
                                                           std::vector<WantedLevel> wanted);
 

@@ -117,7 +117,7 @@ absl::Status RunCompress(const std::vector<std::string>& arguments) {
   flags.Add(
       "calibration", &options.corpus.calibration_paths,
       "text to calibrate with, UTF-8; may be given several times; a --delta may bring its own, "
-      "which then takes its place");
+      "which then takes its place, and with --evaluation none is needed");
   flags.Add("evaluation", &options.corpus.evaluation_path,
             "text to measure the levels on; without it the last fifth of the calibration text, "
             "which then does not calibrate");
@@ -178,7 +178,9 @@ absl::Status RunCompress(const std::vector<std::string>& arguments) {
   flags.Add("json", &prints_json, "print the levels as one JSON object");
   NESTOR_ASSIGN_OR_RETURN(const std::vector<std::string> positional, flags.Parse(arguments));
   if (positional.size() != 2) return UsageError("expected two arguments, HF_DIR and OUT");
-  if (options.corpus.calibration_paths.empty()) return UsageError("--calibration is missing");
+  if (options.corpus.calibration_paths.empty() && options.delta.empty()) {
+    return UsageError("--calibration is missing");
+  }
   options.source = positional[0];
   options.output = positional[1];
   NESTOR_ASSIGN_OR_RETURN(options.ladder, ParseLadder(ladder));

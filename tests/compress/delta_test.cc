@@ -319,8 +319,20 @@ TEST_F(DeltaTest, WhatItWasCalibratedOnTakesThePlaceOfTheText) {
   options.output = Path("sampled");
   EXPECT_THAT(std::string(Compress(options).status().message()),
               HasSubstr("tokens to sample: 64, but the delta brings"));
-  options.self_sample_tokens = 0;
+  options.self_sample_tokens = std::nullopt;
+  // So it takes no text but that to measure on.
+  options.corpus.calibration_paths.clear();
+  EXPECT_EQ(components("alone"), trained_beside);
+  options.output = Path("unmeasured");
+  options.corpus.evaluation_path.clear();
+  EXPECT_THAT(std::string(Compress(options).status().message()),
+              HasSubstr("evaluation: no text is given"));
+  options.corpus.evaluation_path = Path("held_out.txt");
   file.replaced.clear();
+  ASSERT_TRUE(file.Write(options.delta).ok());
+  EXPECT_THAT(std::string(Compress(options).status().message()), HasSubstr("brings none"));
+  options.corpus.calibration_paths = {Path("other.txt")};
+  options.self_sample_tokens = 0;
   EXPECT_NE(components("unstated"), trained_beside);
 }
 

@@ -105,6 +105,36 @@ TEST(InterpolateProfileTest, LayersGoEquallyFarAndTheRestFillsTheBudget) {
   EXPECT_THAT(ranks(195), ElementsAre(-1, -1, 8));
 }
 
+TEST(InterpolateProfileTest, OfStepsDueTogetherTheLargestGoesFirstOrTheyWait) {
+  const auto gar = [](int64_t rank) { return FormAndRank{Form::kGar, rank}; };
+  const auto prefix = [](int64_t rank) { return FormAndRank{Form::kPrefix, rank}; };
+  // Three pairs that have a single step to make, and plain factors that have two.
+  const std::vector<std::vector<PricedChoice>> choices = {
+      {{gar(8), 10}, {{}, 20}},
+      {{gar(16), 10}, {{}, 60}},
+      {{gar(8), 10}, {gar(16), 20}},
+      {{prefix(8), 10}, {prefix(16), 15}, {{}, 20}}};
+  const auto steps = [&](int64_t budget) {
+    std::vector<int64_t> values;  // by layer
+    const Profile profile = InterpolateProfile(choices, budget);
+    for (size_t i = 0; i < choices.size(); ++i) {
+      const auto at =
+          std::find_if(choices[i].begin(), choices[i].end(),
+                       [&](const PricedChoice& priced) { return priced.choice == profile[i]; });
+      values.push_back(at - choices[i].begin());
+    }
+    return values;
+  };
+  EXPECT_THAT(steps(45), ElementsAre(0, 0, 0, 1));
+  // The other pairs' steps would fit, but the second's is due with them, and is larger. What is due
+  // later goes on.
+  EXPECT_THAT(steps(70), ElementsAre(0, 0, 0, 2));
+  EXPECT_THAT(steps(95), ElementsAre(0, 1, 0, 1));
+  EXPECT_THAT(steps(105), ElementsAre(1, 1, 0, 1));
+  EXPECT_THAT(steps(110), ElementsAre(1, 1, 0, 2));
+  EXPECT_THAT(steps(120), ElementsAre(1, 1, 1, 2));
+}
+
 class InterpolatedLevelsTest : public ::testing::Test {
  protected:
   static void SetUpTestSuite() {

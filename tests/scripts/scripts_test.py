@@ -420,6 +420,26 @@ class CommandLineTest(ScriptTest):
             self.assertEqual(process.stdout, "")
             self.assertIn(message, process.stderr)
 
+    def test_consolidating_a_ladder_names_bad_arguments_before_anything_starts(self):
+        script = "scripts/consolidate_ladder.sh"
+        process = run(script, "--help")
+        self.assertEqual(process.returncode, 0)
+        self.assertTrue(process.stdout.startswith(f"Usage: {script}"))
+        for arguments, message in [
+            ([], "--text: give a file"),
+            (["--text", "/absent"], "--text: /absent: no such file"),
+            (["--evaluation"], "--evaluation: needs a value"),
+            (["--costs", "0.9,1.2"], "--costs: expected shares such as 0.9,0.8,0.6; was 0.9,1.2"),
+            (["--minutes", "an hour"], "--minutes: expected a whole number; was an hour"),
+            (["--text", __file__, "--minutes", "0"], "--minutes: must be positive; was 0"),
+            (["--model", "/absent"], "--model: /absent has no config.json"),
+            (["--frob"], "unknown argument --frob"),
+        ]:
+            process = run(script, *arguments)
+            self.assertEqual(process.returncode, 1)
+            self.assertEqual(process.stdout, "")
+            self.assertIn(message, process.stderr)
+
 
 if __name__ == "__main__":
     unittest.main()
