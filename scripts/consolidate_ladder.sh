@@ -14,7 +14,7 @@ Usage: scripts/consolidate_ladder.sh --text FILE [--evaluation FILE ...] [FLAG .
                      is chosen by these
   --tokens N         to measure of each of these (default: 8192; 0: all)
   --costs LIST       FLOPs of the levels (default: 0.9,0.8,0.6; on a GPU 0.9,0.8,0.7,0.6,0.5)
-  --minutes N        of training (default: 56; on a GPU 10)
+  --minutes N        of training (default: 180; on a GPU 10)
   --self-sample N    tokens that the model writes itself, one more text to train on (default: 0; on
                      a GPU 4000000)
   --model DIR        (default: models/smollm2-135m-instruct, which ./quickstart.sh fetches)
@@ -118,13 +118,13 @@ if "$venv/bin/python" -c 'import sys, torch; sys.exit(not torch.cuda.is_availabl
   training=(--length 512 --batch 256 --micro-batch 64 --learning-rate 1.2e-3)
 else
   costs=${costs:-0.9,0.8,0.6}
-  minutes=${minutes:-56}
+  minutes=${minutes:-180}
   self_sample=${self_sample:-0}
   # Small steps of two levels each: a CPU's hours are few tokens, and steps count for more than
   # their size.
   workers=$(($(nproc) < 4 ? $(nproc) : 4))
   training=(--length 512 --batch $((4 * workers)) --micro-batch 2 --workers "$workers"
-    --learning-rate 6e-4 --checkpoint-steps 10 --held-out-steps 40 --held-out 4)
+    --learning-rate 3e-4 --checkpoint-steps 10 --held-out-steps 40 --held-out 4)
 fi
 
 # What lies in the work directory is of one set of options.
