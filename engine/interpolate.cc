@@ -56,10 +56,11 @@ std::optional<Level> LevelBetween(const NestedModel& model, const Level& low, co
   std::vector<std::vector<PricedChoice>> choices;
   for (size_t i = 0; i < model.layers().size(); ++i) {
     const Form form = low.profile[i].form;
-    const int64_t stored_rank = form == Form::kGar ? 0 : model.StoredRank(i, form);
-    choices.push_back(ChoicesBetween(model.layers()[i], model.dense_storage(), ladder,
-                                     low.profile[i], high.profile[i], stored_rank,
-                                     model.HasMiddlePlane(i)));
+    const StoredLayer layer = {.spec = model.layers()[i],
+                               .dense = model.dense_storage(),
+                               .rank = form == Form::kGar ? 0 : model.StoredRank(i, form),
+                               .has_middle = model.HasMiddlePlane(i)};
+    choices.push_back(ChoicesBetween(layer, ladder, low.profile[i], high.profile[i]));
     budget += choices.back().front().cost;
   }
   Level level;
@@ -166,14 +167,14 @@ double RelativeCostOnLadder(const Level& level) {
   return level.ladder == "prefix" ? level.relative_flops : level.relative_cost;
 }
 
-std::vector<PricedChoice> ChoicesBetween(const LinearSpec& layer, DenseStorage dense,
-                                         const std::string& ladder, const FormAndRank& low,
-                                         const FormAndRank& high, int64_t stored_rank,
-                                         bool has_middle) {
+std::vector<PricedChoice> ChoicesBetween(const StoredLayer& layer, const std::string& ladder,
+                                         const FormAndRank& low, const FormAndRank& high) {
   NESTOR_CHECK(IsNested(low, high));
   const auto priced = [&](const FormAndRank& choice) {
-    return PricedChoice{choice, CostOn(ladder, CostOfLinear(layer.out, layer.in, layer.has_bias,
-                                                            dense, choice.form, choice.rank))};
+    const LinearSpec& spec = layer.spec;
+    const LinearCost cost =
+        CostOfLinear(spec.out, spec.in, spec.has_bias, layer.dense, choice.form, choice.rank);
+    return PricedChoice{choice, CostOn(ladder, cost)};
   };
   std::vector<PricedChoice> choices = {priced(low)};
   if (low.form == Form::kDense) return choices;
@@ -185,11 +186,11 @@ std::vector<PricedChoice> ChoicesBetween(const LinearSpec& layer, DenseStorage d
   }
   // What follows the last rank: the middle plane, the dense weights, or both.
   std::vector<PricedChoice> after;
-  if (low.form == Form::kResidual && has_middle && high.form == Form::kDense) {
+  if (low.form == Form::kResidual && layer.has_middle && high.form == Form::kDense) {
     after.push_back(priced({Form::kMiddle, 0}));
   }
   if (!HasRanks(high.form)) after.push_back(priced(high));
-  const int64_t last_rank = after.empty() ? high.rank : stored_rank;
+  const int64_t last_rank = after.empty() ? high.rank : layer.rank;
   for (int64_t rank = low.rank; HasRanks(low.form) && rank < last_rank;) {
     rank = std::min((rank / kRankStep + 1) * kRankStep, last_rank);
     const PricedChoice next = priced({low.form, rank});

@@ -22,6 +22,14 @@ struct WantedLevel {
 // its weight bytes.
 double RelativeCostOnLadder(const Level& level);
 
+// What is stored of a layer, as far as levels between two others may run it.
+struct StoredLayer {
+  LinearSpec spec;
+  DenseStorage dense = DenseStorage::kPlanes;
+  int64_t rank = 0;  // components of the form that the lower level runs
+  bool has_middle = false;
+};
+
 // What a layer may run between two neighbours of a ladder, and its cost there.
 struct PricedChoice {
   FormAndRank choice;
@@ -29,14 +37,12 @@ struct PricedChoice {
 };
 
 // From `low`'s choice to `high`'s, ascending in rank and cost: ranks in steps of 8 up to `high`'s,
-// or, where `high` is dense or the middle plane, up to the `stored_rank` components that the layer
-// has of `low`'s form and that cost less than what follows them: the middle plane, where
-// `has_middle`, and `high`. A layer with a gar pair on either side, which serves one rank, has the
-// two choices alone; one that is dense has just that. REQUIRES: IsNested(low, high).
-std::vector<PricedChoice> ChoicesBetween(const LinearSpec& layer, DenseStorage dense,
-                                         const std::string& ladder, const FormAndRank& low,
-                                         const FormAndRank& high, int64_t stored_rank,
-                                         bool has_middle = false);
+// or, where `high` is dense or the middle plane, up to the components that the layer has of `low`'s
+// form and that cost less than what follows them: the middle plane, where there is one, and `high`.
+// A layer with a gar pair on either side, which serves one rank, has the two choices alone; one
+// that is dense has just that. REQUIRES: IsNested(low, high).
+std::vector<PricedChoice> ChoicesBetween(const StoredLayer& layer, const std::string& ladder,
+                                         const FormAndRank& low, const FormAndRank& high);
 
 // One choice of each layer, together at most `budget`: every layer goes as far from its first
 // choice to its last as the others do, measured in cost, and what is then left of the budget goes

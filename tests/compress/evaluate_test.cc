@@ -5,6 +5,7 @@
 
 #include "base/file.h"
 #include "compress/pipeline.h"
+#include "compress/targets.h"
 #include "compress/report.h"
 #include "engine/interpolate.h"
 #include "gmock/gmock.h"

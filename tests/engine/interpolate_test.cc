@@ -17,7 +17,9 @@ namespace {
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 
-LinearSpec Layer(int64_t out, int64_t in) { return {.name = "layer", .out = out, .in = in}; }
+StoredLayer LayerOf(int64_t rank, bool has_middle) {
+  return {.spec = {.name = "layer", .out = 96, .in = 128}, .rank = rank, .has_middle = has_middle};
+}
 
 std::vector<FormAndRank> ChoicesOf(const std::vector<PricedChoice>& priced) {
   std::vector<FormAndRank> choices;
@@ -28,8 +30,7 @@ std::vector<FormAndRank> ChoicesOf(const std::vector<PricedChoice>& priced) {
 std::vector<FormAndRank> Between(const FormAndRank& low, const FormAndRank& high,
                                  int64_t stored_rank, bool has_middle = false) {
   const std::string ladder = low.form == Form::kPrefix ? "prefix" : "residual";
-  return ChoicesOf(ChoicesBetween(Layer(96, 128), DenseStorage::kPlanes, ladder, low, high,
-                                  stored_rank, has_middle));
+  return ChoicesOf(ChoicesBetween(LayerOf(stored_rank, has_middle), ladder, low, high));
 }
 
 TEST(ChoicesBetweenTest, AreTheRanksBetweenTwoOfOneForm) {
@@ -67,7 +68,7 @@ TEST(ChoicesBetweenTest, AGarPairGoesAllTheWayOrStays) {
   const FormAndRank pair = {Form::kGar, 40};
   const FormAndRank larger = {Form::kGar, 64};
   const auto between = [](const FormAndRank& low, const FormAndRank& high) {
-    return ChoicesOf(ChoicesBetween(Layer(96, 128), DenseStorage::kPlanes, "prefix", low, high, 0));
+    return ChoicesOf(ChoicesBetween(LayerOf(0, /*has_middle=*/false), "prefix", low, high));
   };
   EXPECT_THAT(between(pair, larger), ElementsAre(pair, larger));
   EXPECT_THAT(between(pair, {}), ElementsAre(pair, FormAndRank{}));
