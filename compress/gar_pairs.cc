@@ -1,40 +1,44 @@
 #include "compress/gar_pairs.h"
 
+#include <iterator>
+
+#include "base/check.h"
 #include "base/status_macros.h"
 
 namespace nestor {
 
-GarPairs::GarPairs(const std::vector<LinearSpec>& layers, DenseStorage dense, TensorSpill* spill)
+GarPairs::GarPairs(const std::vector<LinearSpec>& layers, DenseStorage dense)
     : layers_(layers),
       dense_(dense),
-      spill_(spill),
-      ranks_(layers.size()),
+      fitted_ranks_(layers.size()),
       substitutes_(layers.size()),
       is_settled_(layers.size()) {}
 
-FormAndRank GarPairs::FinalChoice(size_t level, size_t layer, FormAndRank choice) const {
+FormAndRank GarPairs::WantedChoice(size_t level, size_t layer, FormAndRank choice) const {
   if (choice.form != Form::kPrefix || !may_be_gar_[level]) return choice;
   const LinearSpec& spec = layers_[layer];
   return CheapestPrefix(spec.out, spec.in, choice.rank, /*may_be_gar=*/true);
 }
 
-std::set<int64_t> GarPairs::RanksOf(const std::vector<Level>& levels, size_t layer) const {
+std::set<int64_t> GarPairs::WantedRanks(const std::vector<Level>& levels, size_t layer) const {
+  NESTOR_CHECK(levels.size() == may_be_gar_.size());
   std::set<int64_t> ranks;
   for (size_t i = 0; i < levels.size(); ++i) {
-    const auto [form, rank] = FinalChoice(i, layer, levels[i].profile[layer]);
+    const auto [form, rank] = WantedChoice(i, layer, levels[i].profile[layer]);
     if (form == Form::kGar) ranks.insert(rank);
   }
   return ranks;
 }
 
-absl::Status GarPairs::Fit(size_t layer, const std::set<int64_t>& ranks, const Fitter& fitter) {
+absl::Status GarPairs::Fit(size_t layer, const std::set<int64_t>& ranks, const Fitter& fitter,
+                           TensorSpill* spill) {
   const LinearSpec& spec = layers_[layer];
   is_settled_[layer] = 1;
   for (const int64_t rank : ranks) {
     NESTOR_ASSIGN_OR_RETURN(const GarFit fit, fitter(rank));
     if (fit.error <= kLargestError * fit.plain_error) {
-      ranks_[layer].insert(rank);
-      NESTOR_RETURN_IF_ERROR(AddGar(spec, fit.pair, spill_));
+      fitted_ranks_[layer].insert(rank);
+      NESTOR_RETURN_IF_ERROR(AddGar(spec, fit.pair, spill));
       continue;
     }
     const auto flops = [&](FormAndRank choice) {
@@ -49,14 +53,15 @@ absl::Status GarPairs::Fit(size_t layer, const std::set<int64_t>& ranks, const F
 }
 
 void GarPairs::Apply(std::vector<Level>* levels) const {
+  NESTOR_CHECK(levels->size() == may_be_gar_.size());
   for (size_t layer = 0; layer < layers_.size(); ++layer) {
     bool is_dense = false;  // from the level on that could run neither form of its rank
     for (size_t i = 0; i < levels->size(); ++i) {
       FormAndRank& runs = (*levels)[i].profile[layer];
-      const FormAndRank choice = FinalChoice(i, layer, runs);
+      const FormAndRank choice = WantedChoice(i, layer, runs);
       if (runs.form != Form::kPrefix) continue;
       const auto substitute = substitutes_[layer].find(choice.rank);
-      if (choice.form != Form::kGar || ranks_[layer].contains(choice.rank)) {
+      if (choice.form != Form::kGar || fitted_ranks_[layer].contains(choice.rank)) {
         runs = choice;
       } else if (substitute != substitutes_[layer].end()) {
         is_dense = is_dense || substitute->second == Form::kDense;

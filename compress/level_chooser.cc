@@ -12,6 +12,7 @@
 #include "compress/layer.h"
 #include "compress/rank_search.h"
 #include "compress/targets.h"
+#include "kernels/nested_linear.h"
 
 namespace nestor {
 namespace {

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -12,6 +13,7 @@
 #include "compress/delta.h"
 #include "compress/layer_times.h"
 #include "compress/options.h"
+#include "engine/model_spec.h"
 #include "engine/nested_model.h"
 
 namespace nestor {
@@ -22,7 +24,7 @@ struct LadderPlan {
   RankSearch search = RankSearch::kSensitivity;
   RankObjective objective = RankObjective::kBytes;
   const Delta* delta = nullptr;  // which names the levels, or none
-  // By layer: what the levels may run. Costs are set when levels are chosen.
+  // By layer: what the levels may run, and what it loses. Their costs do not count.
   LayerOptions options;
 };
 
@@ -32,17 +34,17 @@ struct ChosenLevel {
 };
 
 // Chooses the levels of ladders: what a choice costs, where levels aim, and the profiles that meet
-// that, or those that a delta names.
+// that, or those that a delta names. Const methods are pure functions.
 class LevelChooser {
  public:
-  // Of a checkpoint. Both must outlive it.
+  // Of the checkpoint `source`. It and `options` must outlive the chooser.
   LevelChooser(const CompressOptions& options, const NestedModel& source);
 
   // The ladders that the options ask for; `delta`, which may be null, must outlive them. Their
   // layers have no options yet.
   std::vector<LadderPlan> Ladders(const Delta* delta) const;
 
-  // What layers take, for an objective of time and for CostOf.
+  // What layers take, for an objective of time.
   void SetTimes(LayerTimes times) { times_ = std::move(times); }
   // REQUIRES: SetTimes.
   const LayerTimes& times() const { return *times_; }
@@ -53,7 +55,8 @@ class LevelChooser {
 
   // The levels below the full one, ascending, those left out that would be the same as another.
   // What a person should know goes to `notes`. INVALID_ARGUMENT where a cost that the options name
-  // has no level of its own, or CheckCosts fails.
+  // has no level of its own, or CheckCosts fails. REQUIRES: options of every layer, their errors on
+  // one scale, unless a delta names the levels; SetTimes, if the objective is time.
   absl::StatusOr<std::vector<ChosenLevel>> Choose(const LadderPlan& ladder,
                                                   std::vector<std::string>* notes) const;
 

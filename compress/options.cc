@@ -67,6 +67,7 @@ absl::Status CheckOptions(const CompressOptions& options) {
         std::pair("probes", options.search.probes),
         std::pair("probe tokens", options.search.probe_tokens.value_or(1)),
         std::pair("rows", options.search.rows),
+        std::pair("threads", static_cast<int64_t>(options.threads)),
         std::pair("maximum residual rank", options.max_residual_rank),
         std::pair("maximum residual rank of the head", options.max_head_residual_rank)}) {
     if (value < 1) {

@@ -10,6 +10,7 @@
 #include "compress/allocate.h"
 #include "compress/corpus.h"
 #include "compress/forward.h"
+#include "kernels/nested_linear.h"
 
 namespace nestor {
 
@@ -40,6 +41,8 @@ struct RankSearchOptions {
   std::optional<int64_t> probe_tokens;
 };
 
+inline constexpr int64_t kRefitTokens = 12288;
+
 struct CompressOptions {
   std::string source;  // a Hugging Face directory
   std::string output;  // must not exist, unless `overwrites`
@@ -58,8 +61,8 @@ struct CompressOptions {
   int64_t max_residual_rank = 64;
   int64_t max_head_residual_rank = 128;
   // Calibration tokens that a prefix ladder's factors are refitted on (RefitFactors); 0: not at
-  // all. 12288 unless set; 0 with a delta, whose terms were trained beside the factors as they are.
-  // A residual ladder gains nothing from it (measured) and is left as it is.
+  // all. kRefitTokens unless set; 0 with a delta, whose terms were trained beside the factors as
+  // they are. A residual ladder gains nothing from it (measured) and is left as it is.
   std::optional<int64_t> refit_tokens;
   // Levels of the prefix ladder (or the mixed one), a delta's too, from its cheapest, 0, on, that
   // may run gar pairs where a layer's prefix is cheaper so; unset: all.
@@ -89,14 +92,17 @@ struct CompressOptions {
   // An artifact to train: pairs come when that is done.
   bool is_to_train() const { return !makes_gar_pairs; }
   bool is_measured() const { return search.method == RankSearch::kMeasured; }
-  int64_t tokens_to_refit_on() const { return refit_tokens.value_or(delta.empty() ? 12288 : 0); }
+  int64_t tokens_to_refit_on() const {
+    return refit_tokens.value_or(delta.empty() ? kRefitTokens : 0);
+  }
 };
 
-// INVALID_ARGUMENT names the option that contradicts itself, another one, or what can be.
+// INVALID_ARGUMENT names the option that is out of its range or contradicts another. Looks at no
+// file.
 absl::Status CheckOptions(const CompressOptions& options);
-// What `count` levels of a prefix ladder, and so many tokens to calibrate on, allow: both are known
-// late where a delta brings them.
+// The same for `gar_levels` of a ladder of `count` levels, which a delta may name.
 absl::Status CheckGarLevels(const CompressOptions& options, int64_t count);
+// The same for tokens to probe with, of those to calibrate on, which a delta may bring.
 absl::Status CheckProbeTokens(const CompressOptions& options, int64_t calibration_tokens);
 
 }  // namespace nestor

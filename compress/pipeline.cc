@@ -1,9 +1,7 @@
 #include "compress/pipeline.h"
 
 #include <algorithm>
-#include <cmath>
 #include <filesystem>
-#include <functional>
 #include <iterator>
 #include <map>
 #include <memory>
@@ -19,12 +17,14 @@
 #include "base/file.h"
 #include "base/progress.h"
 #include "base/status_macros.h"
+#include "compress/activations.h"
 #include "compress/calibrate.h"
 #include "compress/delta.h"
 #include "compress/divergence.h"
 #include "compress/evaluate.h"
 #include "compress/export.h"
 #include "compress/for_each_layer.h"
+#include "compress/gar.h"
 #include "compress/gar_pairs.h"
 #include "compress/layer.h"
 #include "compress/layer_times.h"
@@ -236,8 +236,8 @@ absl::Status Compression::OpenSource() {
   ladders_ = chooser_->Ladders(delta_.has_value() ? &*delta_ : nullptr);
   for (const LadderPlan& ladder : ladders_) {
     // What takes how long is known later.
-    if (ladder.objective != RankObjective::kTime)
-      NESTOR_RETURN_IF_ERROR(chooser_->CheckCosts(ladder));
+    if (ladder.objective == RankObjective::kTime) continue;
+    NESTOR_RETURN_IF_ERROR(chooser_->CheckCosts(ladder));
   }
   if (is_encoder && !source_->spec().is_classifier()) {
     evaluation_ = SplicedPairs(corpus_.evaluation);
@@ -329,7 +329,7 @@ absl::Status Compression::CompressLayers() {
   fs::create_directories(partial_, error);
   if (error) return FileError(partial_, error.value());
   NESTOR_ASSIGN_OR_RETURN(spill_, TensorSpill::Create(partial_ + "/parts.spill"));
-  gar_pairs_ = std::make_unique<GarPairs>(source_->layers(), options_.dense, spill_.get());
+  gar_pairs_ = std::make_unique<GarPairs>(source_->layers(), options_.dense);
   spectra_.resize(source_->layers().size());
   NESTOR_RETURN_IF_ERROR(ForEachLayer(source_->layers(), options_.threads, "Decomposing",
                                       [this](size_t layer) { return CompressOneLayer(layer); }));
@@ -469,7 +469,7 @@ absl::StatusOr<std::vector<Level>> Compression::ChooseLevels() {
     report_.search.back().predicted_loss = 0;
     report_.search.back().measured_loss = 0;
   }
-  gar_pairs_->SetLevels(std::move(may_be_gar));
+  gar_pairs_->SetMayBeGar(std::move(may_be_gar));
   return levels;
 }
 
@@ -489,7 +489,7 @@ absl::Status Compression::CompareLosses(const std::vector<Level>& levels) {
     SearchedLevel& searched = report_.search[static_cast<size_t>(i)];
     Profile profile = searched.profile;
     for (size_t layer = 0; layer < profile.size(); ++layer) {
-      profile[layer] = gar_pairs_->FinalChoice(static_cast<size_t>(i), layer, profile[layer]);
+      profile[layer] = gar_pairs_->WantedChoice(static_cast<size_t>(i), layer, profile[layer]);
     }
     const auto time = static_cast<double>(chooser_->times().OfProfile(source_->layers(), profile));
     searched.seconds = 1e-9 * time;
@@ -515,7 +515,7 @@ absl::Status Compression::WriteParts(const std::vector<Level>& levels) {
   NESTOR_ASSIGN_OR_RETURN(
       checksums_,
       spill_->WriteTensors(partial_ + "/nested.safetensors",
-                           KeptRows(source_->layers(), stored_ranks_, gar_pairs_->ranks())));
+                           KeptRows(source_->layers(), stored_ranks_, gar_pairs_->fitted_ranks())));
   NESTOR_RETURN_IF_ERROR(CopyModelFiles(options_.source, partial_));
   if (takes_terms()) {
     NESTOR_RETURN_IF_ERROR(
@@ -609,11 +609,12 @@ absl::Status Compression::RefitPrefix(const std::vector<Level>& levels) {
         NESTOR_RETURN_IF_ERROR(ReplacePrefix(layers[layer], refitted.factors, spill_.get()));
         // What is to train has no pairs yet.
         const std::set<int64_t> ranks =
-            options_.is_to_train() ? std::set<int64_t>{} : gar_pairs_->RanksOf(levels, layer);
-        return gar_pairs_->Fit(layer, ranks, [&](int64_t rank) {
+            options_.is_to_train() ? std::set<int64_t>{} : gar_pairs_->WantedRanks(levels, layer);
+        const auto fit = [&](int64_t rank) {
           return FitGar(refitted.decomposition, refitted.weights, layers[layer].out,
                         layers[layer].in, refitted.moment, rank);
-        });
+        };
+        return gar_pairs_->Fit(layer, ranks, fit, spill_.get());
       }));
   return WriteParts(levels);
 }
@@ -621,7 +622,7 @@ absl::Status Compression::RefitPrefix(const std::vector<Level>& levels) {
 absl::Status Compression::FitOtherGarPairs(const std::vector<Level>& levels) {
   return ForEachLayer(
       source_->layers(), options_.threads, "Fitting gar pairs", [&](size_t layer) -> absl::Status {
-        const std::set<int64_t> ranks = gar_pairs_->RanksOf(levels, layer);
+        const std::set<int64_t> ranks = gar_pairs_->WantedRanks(levels, layer);
         if (gar_pairs_->is_settled(layer) || ranks.empty()) return absl::OkStatus();
         const LinearSpec& spec = source_->layers()[layer];
         NESTOR_ASSIGN_OR_RETURN(const std::vector<double> moment,
@@ -629,15 +630,17 @@ absl::Status Compression::FitOtherGarPairs(const std::vector<Level>& levels) {
         NESTOR_ASSIGN_OR_RETURN(const std::vector<float> weights, source_->SourceWeight(layer));
         if (has_term(layer)) {
           NESTOR_ASSIGN_OR_RETURN(const FactorPair factors, ReadPrefix(spec, *spill_));
-          return gar_pairs_->Fit(layer, ranks, [&](int64_t rank) {
+          const auto fit = [&](int64_t rank) {
             return FitGarToFactors(factors, weights, spec.out, spec.in, moment, rank);
-          });
+          };
+          return gar_pairs_->Fit(layer, ranks, fit, spill_.get());
         }
         NESTOR_ASSIGN_OR_RETURN(const Decomposition decomposition,
                                 Decompose(weights, spec.out, spec.in, moment, *ranks.rbegin()));
-        return gar_pairs_->Fit(layer, ranks, [&](int64_t rank) {
+        const auto fit = [&](int64_t rank) {
           return FitGar(decomposition, weights, spec.out, spec.in, moment, rank);
-        });
+        };
+        return gar_pairs_->Fit(layer, ranks, fit, spill_.get());
       });
 }
 

@@ -5,7 +5,9 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "engine/model_spec.h"
 #include "engine/nested_model.h"
+#include "kernels/nested_linear.h"
 
 namespace nestor {
 
