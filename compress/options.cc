@@ -2,9 +2,12 @@
 
 #include <algorithm>
 #include <iterator>
+#include <string>
 #include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "base/status_macros.h"
 
 namespace nestor {
@@ -46,6 +49,42 @@ absl::Status CheckSearch(const CompressOptions& options) {
   }
   if (!costs.empty() && costs.front() == 1) {
     return absl::InvalidArgumentError("costs: the full level costs 1; expected one that is below");
+  }
+  return absl::OkStatus();
+}
+
+// The ladders that `options` ask for, as levels name them.
+std::vector<std::string> LaddersOf(const CompressOptions& options) {
+  switch (options.ladder) {
+    case LadderChoice::kResidual:
+      return {"residual"};
+    case LadderChoice::kPrefix:
+      return {"prefix"};
+    case LadderChoice::kBoth:
+      return {"residual", "prefix"};
+    case LadderChoice::kMixed:
+      return {"mixed"};
+  }
+  return {};
+}
+
+absl::Status CheckExtraCosts(const CompressOptions& options) {
+  if (options.extra_costs.empty()) return absl::OkStatus();
+  if (options.is_to_train()) {
+    return absl::InvalidArgumentError(
+        "extra costs: are levels between those of an artifact to train, which states other costs; "
+        "expected them where its delta is applied");
+  }
+  const std::vector<std::string> ladders = LaddersOf(options);
+  for (const auto& [ladder, cost] : options.extra_costs) {
+    if (ladder.empty() ? ladders.size() == 1
+                       : std::count(ladders.begin(), ladders.end(), ladder) > 0) {
+      continue;
+    }
+    return absl::InvalidArgumentError(absl::StrCat("extra costs: ", ladder,
+                                                   ladder.empty() ? "" : ":", cost,
+                                                   ": expected a ladder before the cost, out of ",
+                                                   absl::StrJoin(ladders, ", "), ", and a colon"));
   }
   return absl::OkStatus();
 }
@@ -92,6 +131,7 @@ absl::Status CheckOptions(const CompressOptions& options) {
     const int64_t below_full = std::ssize(costs) - std::count(costs.begin(), costs.end(), 1);
     NESTOR_RETURN_IF_ERROR(CheckGarLevels(options, costs.empty() ? options.levels : below_full));
   }
+  NESTOR_RETURN_IF_ERROR(CheckExtraCosts(options));
   return CheckSearch(options);
 }
 

@@ -10,6 +10,7 @@
 #include "compress/allocate.h"
 #include "compress/corpus.h"
 #include "compress/forward.h"
+#include "engine/interpolate.h"
 #include "kernels/nested_linear.h"
 
 namespace nestor {
@@ -72,6 +73,9 @@ struct CompressOptions {
   // it has the levels and the calibration, not what was trained, from which training may go on.
   bool makes_gar_pairs = true;
   RankSearchOptions search;
+  // Levels to have between those that are chosen, interpolated and then measured like any other.
+  // One that is not between them, or the same as another, is left out, which a note says.
+  std::vector<WantedLevel> extra_costs;
   // A file of consolidate/, empty for none: it names the prefix ladder's levels and improves them
   // (delta.h). Where it brings what its factors were calibrated on, that takes the place of
   // `corpus`'s text and of sampled tokens, for all ladders.

@@ -34,6 +34,7 @@
 #include "compress/refit.h"
 #include "compress/self_sample.h"
 #include "compress/sensitivity.h"
+#include "engine/interpolate.h"
 
 namespace nestor {
 namespace {
@@ -116,6 +117,8 @@ class Compression {
   // What nested.json says of it.
   Json CalibrationOrigin() const;
   absl::StatusOr<std::vector<Level>> ChooseLevels();
+  // What the layers of `profile` take, as an absolute and a relative time.
+  void SetTime(const Profile& profile, SearchedLevel* level) const;
   absl::Status CompareLosses(const std::vector<Level>& levels);
   absl::Status RefitPrefix(const std::vector<Level>& levels);
   absl::Status FitOtherGarPairs(const std::vector<Level>& levels);
@@ -134,6 +137,7 @@ class Compression {
   // layer changes, later inputs round to int8 otherwise, which alone diverges as much as most
   // layers do (docs/ladders.md).
   absl::StatusOr<std::unique_ptr<Engine>> OpenToCompare(std::unique_ptr<NestedModel> model) const;
+  absl::Status AddExtraLevels(std::vector<Level>* levels);
   absl::Status ChooseActivations(const std::vector<Level>& levels);
   absl::StatusOr<std::vector<Level>> MeasureLevels(std::vector<Level> levels);
   absl::Status WriteDescription(const std::vector<Level>* levels) const;
@@ -473,6 +477,14 @@ absl::StatusOr<std::vector<Level>> Compression::ChooseLevels() {
   return levels;
 }
 
+void Compression::SetTime(const Profile& profile, SearchedLevel* level) const {
+  const auto time_of = [&](const Profile& any) {
+    return static_cast<double>(chooser_->times().OfProfile(source_->layers(), any));
+  };
+  level->seconds = 1e-9 * time_of(profile);
+  level->relative_time = time_of(profile) / time_of(Profile(profile.size()));
+}
+
 absl::Status Compression::CompareLosses(const std::vector<Level>& levels) {
   NESTOR_ASSIGN_OR_RETURN(std::unique_ptr<NestedModel> model, OpenModel(levels));
   NESTOR_ASSIGN_OR_RETURN(const std::unique_ptr<Engine> engine, OpenToCompare(std::move(model)));
@@ -482,8 +494,6 @@ absl::Status Compression::CompareLosses(const std::vector<Level>& levels) {
                     [](const SearchedLevel& each) { return each.predicted_loss.has_value(); });
   Progress progress("Comparing losses", compared * CountTokens(sequences));
   const int full = static_cast<int>(levels.size()) - 1;
-  const double full_time =
-      static_cast<double>(chooser_->times().OfProfile(source_->layers(), levels.back().profile));
   NESTOR_ASSIGN_OR_RETURN(const Outputs whole, OutputsAt(engine.get(), sequences, full, &progress));
   for (int i = 0; i <= full; ++i) {
     SearchedLevel& searched = report_.search[static_cast<size_t>(i)];
@@ -491,9 +501,7 @@ absl::Status Compression::CompareLosses(const std::vector<Level>& levels) {
     for (size_t layer = 0; layer < profile.size(); ++layer) {
       profile[layer] = gar_pairs_->WantedChoice(static_cast<size_t>(i), layer, profile[layer]);
     }
-    const auto time = static_cast<double>(chooser_->times().OfProfile(source_->layers(), profile));
-    searched.seconds = 1e-9 * time;
-    searched.relative_time = time / full_time;
+    SetTime(profile, &searched);
     if (i == full || !searched.predicted_loss.has_value()) continue;
     NESTOR_ASSIGN_OR_RETURN(const Outputs outputs,
                             OutputsAt(engine.get(), sequences, i, &progress));
@@ -675,6 +683,36 @@ void Compression::ReportGarPairs() {
       num_substitutes, GarPairs::kLargestError));
 }
 
+absl::Status Compression::AddExtraLevels(std::vector<Level>* levels) {
+  if (options_.extra_costs.empty()) return absl::OkStatus();
+  NESTOR_ASSIGN_OR_RETURN(const std::unique_ptr<NestedModel> model, OpenModel(*levels));
+  for (const WantedLevel& wanted : options_.extra_costs) {
+    absl::StatusOr<std::vector<Level>> extended = WithInterpolatedLevels(*model, {wanted});
+    if (extended.ok()) {
+      NESTOR_RETURN_IF_ERROR(model->SetLevels(*std::move(extended)));
+    } else {
+      report_.notes.push_back(
+          absl::StrCat("left out the extra cost ", extended.status().message()));
+    }
+  }
+  *levels = model->levels();
+  for (Level& level : *levels) level.is_interpolated = false;  // it will be measured
+  if (!options_.is_measured()) return absl::OkStatus();
+  std::vector<SearchedLevel> searched;
+  for (const Level& level : *levels) {
+    const auto found =
+        std::find_if(report_.search.begin(), report_.search.end(),
+                     [&](const SearchedLevel& each) { return each.profile == level.profile; });
+    if (found != report_.search.end()) {
+      searched.push_back(*found);
+    } else {
+      SetTime(level.profile, &searched.emplace_back(SearchedLevel{.profile = level.profile}));
+    }
+  }
+  report_.search = std::move(searched);
+  return absl::OkStatus();
+}
+
 absl::Status Compression::ChooseActivations(const std::vector<Level>& levels) {
   if (options_.activations != Activations::kAuto) return absl::OkStatus();
   const auto open_model = [&] { return OpenModel(levels); };
@@ -735,6 +773,7 @@ absl::StatusOr<CompressReport> Compression::Run() {
     }
     const bool makes_pairs = options_.may_be_gar() && !options_.is_to_train();
     if (makes_pairs) NESTOR_RETURN_IF_ERROR(RunGarPairs(&levels));
+    NESTOR_RETURN_IF_ERROR(AddExtraLevels(&levels));
     NESTOR_RETURN_IF_ERROR(ChooseActivations(levels));
     NESTOR_ASSIGN_OR_RETURN(const std::vector<Level> measured, MeasureLevels(levels));
     // What trains is not judged by what it is before.

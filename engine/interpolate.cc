@@ -282,12 +282,17 @@ std::vector<double> EstimateQualities(const std::vector<Level>& levels) {
   return estimates;
 }
 
-absl::Status AddInterpolatedLevels(const std::vector<std::string>& wanted, NestedModel* model) {
-  if (wanted.empty()) return absl::OkStatus();
+absl::StatusOr<std::vector<WantedLevel>> ParseWantedLevels(const std::vector<std::string>& texts) {
   std::vector<WantedLevel> parsed;
-  for (const std::string& text : wanted) {
+  for (const std::string& text : texts) {
     NESTOR_ASSIGN_OR_RETURN(parsed.emplace_back(), ParseWantedLevel(text));
   }
+  return parsed;
+}
+
+absl::Status AddInterpolatedLevels(const std::vector<std::string>& wanted, NestedModel* model) {
+  if (wanted.empty()) return absl::OkStatus();
+  NESTOR_ASSIGN_OR_RETURN(std::vector<WantedLevel> parsed, ParseWantedLevels(wanted));
   NESTOR_ASSIGN_OR_RETURN(std::vector<Level> levels,
                           WithInterpolatedLevels(*model, std::move(parsed)));
   return model->SetLevels(std::move(levels));

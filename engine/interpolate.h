@@ -67,8 +67,11 @@ absl::StatusOr<std::vector<Level>> WithInterpolatedLevels(const NestedModel& mod
 // quality says; of any other its own quality. REQUIRES: the order of NestedModel::levels().
 std::vector<double> EstimateQualities(const std::vector<Level>& levels);
 
-// Gives `model` the levels that people name: "0.65", or "prefix:0.65" where it has more than one
-// ladder. INVALID_ARGUMENT for any other text, and as above.
+// Levels as people name them: "0.65", or "prefix:0.65" where a model has more than one ladder.
+// INVALID_ARGUMENT for any other text.
+absl::StatusOr<std::vector<WantedLevel>> ParseWantedLevels(const std::vector<std::string>& texts);
+
+// Gives `model` the levels that people name. INVALID_ARGUMENT as above.
 absl::Status AddInterpolatedLevels(const std::vector<std::string>& wanted, NestedModel* model);
 
 // WithInterpolatedLevels for `points` costs on every ladder, in equal steps between its cheapest

@@ -11,6 +11,7 @@
 #include "base/status_macros.h"
 #include "compress/pipeline.h"
 #include "compress/report.h"
+#include "engine/interpolate.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "nestor/command.h"
 #include "nestor/draw_report.h"
@@ -108,6 +109,7 @@ absl::Status RunCompress(const std::vector<std::string>& arguments) {
   std::string search, objective, costs;
   std::string activations = "auto";
   std::string gar_levels;
+  std::vector<std::string> extra_costs;
   int64_t levels = options.levels;
   bool prints_json = false;
   bool draws_report = true;
@@ -155,6 +157,9 @@ absl::Status RunCompress(const std::vector<std::string>& arguments) {
   flags.Add("costs", &costs,
             "shares of the full level's cost to have levels at, such as 0.9,0.8,0.6; instead of "
             "--levels; a --delta names those of its ladder");
+  flags.Add("extra-cost", &extra_costs,
+            "a level between two others, such as 0.65 or prefix:0.65, its ranks interpolated, that "
+            "is then measured and stored like any other; may be given several times");
   flags.Add("gar-levels", &gar_levels,
             "levels of a prefix ladder, 0 being its cheapest, whose layers are stored once more in "
             "their cheapest gauge, for a quarter less FLOPs at most: all, none, or such as 1,2; "
@@ -190,6 +195,9 @@ absl::Status RunCompress(const std::vector<std::string>& arguments) {
   NESTOR_ASSIGN_OR_RETURN(options.search.method, ParseSearch(search));
   NESTOR_ASSIGN_OR_RETURN(options.search.objective, ParseObjective(objective));
   NESTOR_ASSIGN_OR_RETURN(options.search.costs, ParseCosts(costs));
+  absl::StatusOr<std::vector<WantedLevel>> extra = ParseWantedLevels(extra_costs);
+  if (!extra.ok()) return UsageError(absl::StrCat("--extra-cost: ", extra.status().message()));
+  options.extra_costs = *std::move(extra);
   // A trained level is frozen, and its costs were counted so.
   if (gar_levels.empty()) gar_levels = options.delta.empty() ? "none" : "all";
   options.makes_gar_pairs = gar_levels != "later";

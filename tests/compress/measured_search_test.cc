@@ -134,6 +134,26 @@ TEST_F(MeasuredSearchTest, LevelsStandAtTheirCostsAndStateAllCostsAndLosses) {
   EXPECT_EQ(SearchReport(*report)[0]["predicted_loss"], *report->search[0].predicted_loss);
 }
 
+TEST_F(MeasuredSearchTest, AnExtraLevelStatesItsTimeButNoPrediction) {
+  ASSERT_TRUE(WriteTinyLlama(Path("other"), {.seed = 3}).ok());
+  CompressOptions options = Options("other");
+  options.evaluation_tokens = 64;
+  options.search.costs = {0.65};
+  options.extra_costs = {{"residual", 0.75}};
+  const auto report = Compress(options);
+  ASSERT_TRUE(report.ok()) << report.status();
+  ASSERT_EQ(report->levels.size(), 3u) << testing::PrintToString(report->notes);
+  ASSERT_EQ(report->search.size(), 3u);
+  for (size_t i = 0; i < 3; ++i) {
+    EXPECT_EQ(report->search[i].profile, report->levels[i].profile);
+    EXPECT_EQ(report->search[i].predicted_loss.has_value(), i != 1);
+    EXPECT_GT(report->search[i].seconds, 0);
+  }
+  EXPECT_GT(report->search[1].relative_time, 0);
+  EXPECT_GT(report->levels[1].relative_cost, report->levels[0].relative_cost);
+  EXPECT_LE(report->levels[1].relative_cost, 0.75);
+}
+
 TEST_F(MeasuredSearchTest, AMixedLadderIsNestedAndRunsWhateverItsObjective) {
   for (const RankObjective objective :
        {RankObjective::kBytes, RankObjective::kFlops, RankObjective::kTime}) {

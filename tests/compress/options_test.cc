@@ -117,6 +117,22 @@ INSTANTIATE_TEST_SUITE_P(
                o->search.costs = {0.5, 0.7, 0.5};
              },
              "costs: 0.5 is there twice"},
+        Case{"ExtraCostOfNoLadder",
+             [](auto* o) {
+               o->extra_costs = {{"mixed", 0.7}};
+             },
+             "extra costs: mixed:0.7: expected a ladder before the cost, out of residual, prefix"},
+        Case{"ExtraCostOfOneOfTwoLadders",
+             [](auto* o) {
+               o->extra_costs = {{"", 0.7}};
+             },
+             "extra costs: 0.7: expected a ladder before the cost"},
+        Case{"ExtraCostToTrain",
+             [](auto* o) {
+               o->makes_gar_pairs = false;
+               o->extra_costs = {{"prefix", 0.7}};
+             },
+             "extra costs: are levels between those of an artifact to train"},
         Case{"FullLevelAlone", [](auto* o) { o->search.costs = {1}; },
              "costs: the full level costs 1"}),
     [](const testing::TestParamInfo<Case>& test) { return test.param.name; });

@@ -366,6 +366,29 @@ TEST_F(PipelineTest, LevelsBetweenThoseOfGarPairsRunAtTheCostThatTheyState) {
   }
 }
 
+TEST_F(PipelineTest, ExtraCostsAreMeasuredAndStoredLikeOtherLevels) {
+  ASSERT_TRUE(WriteTinyLlama(Path("other"), {.seed = 3}).ok());
+  CompressOptions options = Options("other");
+  options.levels = 1;
+  options.evaluation_tokens = kTooFewToLeaveOutALevel;
+  options.extra_costs = {{"", 0.8}, {"residual", 0.01}};
+  const auto report = Compress(options);
+  ASSERT_TRUE(report.ok()) << report.status();
+  ASSERT_EQ(report->levels.size(), 3u) << testing::PrintToString(report->notes);
+  EXPECT_THAT(
+      report->notes,
+      testing::Contains(HasSubstr("left out the extra cost residual:0.01: must be between")));
+
+  const auto model = NestedModel::Open(options.output);
+  ASSERT_TRUE(model.ok()) << model.status();
+  const Level& extra = (*model)->levels()[1];
+  EXPECT_GT(extra.relative_cost, 0.75);
+  EXPECT_LE(extra.relative_cost, 0.8);
+  EXPECT_FALSE(extra.is_interpolated);
+  // An interpolated level has none.
+  EXPECT_TRUE(extra.metrics.perplexity.has_value());
+}
+
 TEST_F(PipelineTest, AnArtifactToTrainHasTheRanksOfGarPairsAsPlainFactors) {
   CompressOptions options = OptionsOfOneLevel();
   const auto with = Compress(options);
