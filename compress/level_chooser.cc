@@ -41,21 +41,17 @@ LevelChooser::LevelChooser(const CompressOptions& options, const NestedModel& so
 
 std::vector<LadderPlan> LevelChooser::Ladders(const Delta* delta) const {
   std::vector<LadderPlan> ladders;
-  const auto add = [&](const std::string& name, RankSearch search, RankObjective objective) {
+  for (const std::string& name : NamesOf(options_.ladder)) {
+    const bool is_prefix = name == "prefix";
+    RankSearch search = RankSearch::kSensitivity;
+    if (name == "mixed") search = RankSearch::kMeasured;
+    if (is_prefix && source_.spec().is_encoder()) search = RankSearch::kEven;
+    const RankObjective objective = is_prefix ? RankObjective::kFlops : RankObjective::kBytes;
     ladders.push_back({.name = name,
                        .search = options_.search.method.value_or(search),
                        .objective = options_.search.objective.value_or(objective),
-                       .delta = name == "prefix" ? delta : nullptr,
+                       .delta = is_prefix ? delta : nullptr,
                        .options = LayerOptions(source_.layers().size())});
-  };
-  if (options_.ladder == LadderChoice::kMixed) {
-    add("mixed", RankSearch::kMeasured, RankObjective::kBytes);
-    return ladders;
-  }
-  if (options_.has_residual()) add("residual", RankSearch::kSensitivity, RankObjective::kBytes);
-  if (options_.has_prefix()) {
-    add("prefix", source_.spec().is_encoder() ? RankSearch::kEven : RankSearch::kSensitivity,
-        RankObjective::kFlops);
   }
   return ladders;
 }

@@ -53,21 +53,6 @@ absl::Status CheckSearch(const CompressOptions& options) {
   return absl::OkStatus();
 }
 
-// The ladders that `options` ask for, as levels name them.
-std::vector<std::string> LaddersOf(const CompressOptions& options) {
-  switch (options.ladder) {
-    case LadderChoice::kResidual:
-      return {"residual"};
-    case LadderChoice::kPrefix:
-      return {"prefix"};
-    case LadderChoice::kBoth:
-      return {"residual", "prefix"};
-    case LadderChoice::kMixed:
-      return {"mixed"};
-  }
-  return {};
-}
-
 absl::Status CheckExtraCosts(const CompressOptions& options) {
   if (options.extra_costs.empty()) return absl::OkStatus();
   if (options.is_to_train()) {
@@ -75,7 +60,7 @@ absl::Status CheckExtraCosts(const CompressOptions& options) {
         "extra costs: are levels between those of an artifact to train, which states other costs; "
         "expected them where its delta is applied");
   }
-  const std::vector<std::string> ladders = LaddersOf(options);
+  const std::vector<std::string> ladders = NamesOf(options.ladder);
   for (const auto& [ladder, cost] : options.extra_costs) {
     if (ladder.empty() ? ladders.size() == 1
                        : std::count(ladders.begin(), ladders.end(), ladder) > 0) {
@@ -90,6 +75,20 @@ absl::Status CheckExtraCosts(const CompressOptions& options) {
 }
 
 }  // namespace
+
+std::vector<std::string> NamesOf(LadderChoice choice) {
+  switch (choice) {
+    case LadderChoice::kResidual:
+      return {"residual"};
+    case LadderChoice::kPrefix:
+      return {"prefix"};
+    case LadderChoice::kBoth:
+      return {"residual", "prefix"};
+    case LadderChoice::kMixed:
+      return {"mixed"};
+  }
+  return {};
+}
 
 absl::Status CheckOptions(const CompressOptions& options) {
   if (options.levels < 1) {

@@ -19,6 +19,9 @@ namespace nestor {
 // prefix or dense.
 enum class LadderChoice : uint8_t { kResidual, kPrefix, kBoth, kMixed };
 
+// What levels call the ladders of a choice.
+std::vector<std::string> NamesOf(LadderChoice choice);
+
 // How the ranks of a ladder's levels are chosen:
 //   kEven         one rank for all layers
 //   kEnergy       along the hulls of the layers' lost output energies
