@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <iterator>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -54,22 +55,25 @@ absl::Status CheckSearch(const CompressOptions& options) {
 }
 
 absl::Status CheckExtraCosts(const CompressOptions& options) {
-  if (options.extra_costs.empty()) return absl::OkStatus();
-  if (options.is_to_train()) {
+  if (!options.extra_costs.empty() && options.is_to_train()) {
     return absl::InvalidArgumentError(
-        "extra costs: are levels between those of an artifact to train, which states other costs; "
-        "expected them where its delta is applied");
+        "extra costs: an artifact to train states other costs; expected them where its delta is "
+        "applied");
   }
   const std::vector<std::string> ladders = NamesOf(options.ladder);
-  for (const auto& [ladder, cost] : options.extra_costs) {
-    if (ladder.empty() ? ladders.size() == 1
-                       : std::count(ladders.begin(), ladders.end(), ladder) > 0) {
-      continue;
+  std::set<std::pair<std::string, double>> seen;
+  for (const auto& [named, cost] : options.extra_costs) {
+    const auto error = [&, &named = named, &cost = cost](const std::string& what) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("extra costs: ", named, named.empty() ? "" : ":", cost, ": ", what));
+    };
+    if (!(cost > 0 && cost < 1)) return error("must be in (0, 1)");
+    const std::string ladder = named.empty() && ladders.size() == 1 ? ladders.front() : named;
+    if (std::count(ladders.begin(), ladders.end(), ladder) == 0) {
+      return error(
+          absl::StrCat("expected one of the ladders before it: ", absl::StrJoin(ladders, " or ")));
     }
-    return absl::InvalidArgumentError(absl::StrCat("extra costs: ", ladder,
-                                                   ladder.empty() ? "" : ":", cost,
-                                                   ": expected a ladder before the cost, out of ",
-                                                   absl::StrJoin(ladders, ", "), ", and a colon"));
+    if (!seen.emplace(ladder, cost).second) return error("is there twice");
   }
   return absl::OkStatus();
 }

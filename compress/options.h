@@ -69,15 +69,17 @@ struct CompressOptions {
   // they are. A residual ladder gains nothing from it (measured) and is left as it is.
   std::optional<int64_t> refit_tokens;
   // Levels of the prefix ladder (or the mixed one), a delta's too, from its cheapest, 0, on, that
-  // may run gar pairs where a layer's prefix is cheaper so; unset: all.
+  // may run gar pairs where a layer's prefix is cheaper so; unset: all. Extra costs do not count.
   std::optional<std::vector<int>> gar_levels;
   // Whether those pairs are made. An artifact without is one to train: its ranks are chosen at the
   // cost of pairs, and run as plain factors, which may cost more than the dense layer. Of a delta
   // it has the levels and the calibration, not what was trained, from which training may go on.
   bool makes_gar_pairs = true;
   RankSearchOptions search;
-  // Levels to have between those that are chosen, interpolated and then measured like any other.
-  // One that is not between them, or the same as another, is left out, which a note says.
+  // Levels to have between those that are chosen, interpolated and then measured like any other:
+  // shares of the full level's FLOPs on a prefix ladder, of its weight bytes on any other, whatever
+  // the objective. One that is not between them, or has no ranks of its own, is left out, which a
+  // note says.
   std::vector<WantedLevel> extra_costs;
   // A file of consolidate/, empty for none: it names the prefix ladder's levels and improves them
   // (delta.h). Where it brings what its factors were calibrated on, that takes the place of

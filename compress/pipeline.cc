@@ -117,7 +117,8 @@ class Compression {
   // What nested.json says of it.
   Json CalibrationOrigin() const;
   absl::StatusOr<std::vector<Level>> ChooseLevels();
-  // What the layers of `profile` take, as an absolute and a relative time.
+  // What the layers of `profile` take, as an absolute and a relative time. REQUIRES: a measured
+  // search.
   void SetTime(const Profile& profile, SearchedLevel* level) const;
   absl::Status CompareLosses(const std::vector<Level>& levels);
   absl::Status RefitPrefix(const std::vector<Level>& levels);
@@ -686,8 +687,12 @@ void Compression::ReportGarPairs() {
 absl::Status Compression::AddExtraLevels(std::vector<Level>* levels) {
   if (options_.extra_costs.empty()) return absl::OkStatus();
   NESTOR_ASSIGN_OR_RETURN(const std::unique_ptr<NestedModel> model, OpenModel(*levels));
-  for (const WantedLevel& wanted : options_.extra_costs) {
-    absl::StatusOr<std::vector<Level>> extended = WithInterpolatedLevels(*model, {wanted});
+  std::vector<WantedLevel> wanted = options_.extra_costs;
+  // Each is made between those before it, as nestord makes them.
+  std::sort(wanted.begin(), wanted.end(),
+            [](const WantedLevel& a, const WantedLevel& b) { return a.cost < b.cost; });
+  for (const WantedLevel& each : wanted) {
+    absl::StatusOr<std::vector<Level>> extended = WithInterpolatedLevels(*model, {each});
     if (extended.ok()) {
       NESTOR_RETURN_IF_ERROR(model->SetLevels(*std::move(extended)));
     } else {
@@ -696,20 +701,15 @@ absl::Status Compression::AddExtraLevels(std::vector<Level>* levels) {
     }
   }
   *levels = model->levels();
-  for (Level& level : *levels) level.is_interpolated = false;  // it will be measured
-  if (!options_.is_measured()) return absl::OkStatus();
-  std::vector<SearchedLevel> searched;
-  for (const Level& level : *levels) {
-    const auto found =
-        std::find_if(report_.search.begin(), report_.search.end(),
-                     [&](const SearchedLevel& each) { return each.profile == level.profile; });
-    if (found != report_.search.end()) {
-      searched.push_back(*found);
-    } else {
-      SetTime(level.profile, &searched.emplace_back(SearchedLevel{.profile = level.profile}));
-    }
+  for (size_t i = 0; i < levels->size(); ++i) {
+    Level& level = (*levels)[i];
+    if (!level.is_interpolated) continue;
+    level.is_interpolated = false;  // it will be measured
+    if (!options_.is_measured()) continue;
+    const auto added = report_.search.insert(report_.search.begin() + static_cast<ptrdiff_t>(i),
+                                             SearchedLevel{.profile = level.profile});
+    SetTime(level.profile, &*added);
   }
-  report_.search = std::move(searched);
   return absl::OkStatus();
 }
 

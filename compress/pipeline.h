@@ -15,7 +15,7 @@ namespace nestor {
 // DivergenceOf the full level on the probes' text.
 struct SearchedLevel {
   Profile profile;
-  // Absent for a level that was not searched for: that a delta names, or between two others.
+  // Both absent at a level that was not searched for: one that a delta names, or at an extra cost.
   std::optional<double> predicted_loss;  // the sum of its layers'
   std::optional<double> measured_loss;
   double seconds = 0;  // of its linear layers, in a step of RankSearchOptions::rows

@@ -46,7 +46,7 @@ nlohmann::json FigureReport(const NestedModel& model, const MeasuredModel& measu
 std::string SearchTable(const CompressReport& report, int64_t rows);
 // The same as the list `search` of --json, empty without a measured search: level, relative_cost,
 // relative_flops, relative_time, seconds, predicted_loss, measured_loss (both null at a
-// level that a delta names).
+// level that a delta names and at an extra cost).
 nlohmann::json SearchReport(const CompressReport& report);
 
 }  // namespace nestor

@@ -128,8 +128,7 @@ absl::Status Resolve(const NestedModel& model, WantedLevel* wanted) {
         absl::StrCat(wanted->ladder, wanted->ladder.empty() ? "" : ":", wanted->cost, ": ", what));
   };
   if (ladders.empty()) {
-    return error(absl::StrCat(model.directory(),
-                              ": has the full level only, nothing to interpolate between"));
+    return error("the model has the full level only, nothing to interpolate between");
   }
   const std::string known = absl::StrJoin(ladders, " and ");
   if (wanted->ladder.empty() && ladders.size() > 1) {

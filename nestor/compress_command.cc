@@ -157,9 +157,12 @@ absl::Status RunCompress(const std::vector<std::string>& arguments) {
   flags.Add("costs", &costs,
             "shares of the full level's cost to have levels at, such as 0.9,0.8,0.6; instead of "
             "--levels; a --delta names those of its ladder");
-  flags.Add("extra-cost", &extra_costs,
-            "a level between two others, such as 0.65 or prefix:0.65, its ranks interpolated, that "
-            "is then measured and stored like any other; may be given several times");
+  flags.Add(
+      "extra-cost", &extra_costs,
+      "a level between two others, its ranks interpolated, measured and stored like any other: "
+      "at a share of the full level's FLOPs on a prefix ladder, of its bytes on any other, "
+      "whatever --objective says, such as 0.65, or with two ladders prefix:0.65; may be given "
+      "several times");
   flags.Add("gar-levels", &gar_levels,
             "levels of a prefix ladder, 0 being its cheapest, whose layers are stored once more in "
             "their cheapest gauge, for a quarter less FLOPs at most: all, none, or such as 1,2; "

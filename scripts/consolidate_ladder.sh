@@ -120,11 +120,11 @@ else
   costs=${costs:-0.9,0.8,0.6}
   minutes=${minutes:-180}
   self_sample=${self_sample:-0}
-  # Small steps of two levels each: a CPU's hours are few tokens, and steps count for more than
-  # their size.
+  # Small steps of one level each, a pass for every worker: a CPU's hours are few tokens, and steps
+  # count for more than their size.
   workers=$(($(nproc) < 4 ? $(nproc) : 4))
-  training=(--length 512 --batch $((4 * workers)) --micro-batch 2 --workers "$workers"
-    --learning-rate 3e-4 --checkpoint-steps 10 --held-out-steps 40 --held-out 4)
+  training=(--length 512 --batch $((2 * workers)) --micro-batch 2 --workers "$workers"
+    --learning-rate 2e-4 --warm-up 20 --checkpoint-steps 20 --held-out-steps 100 --held-out 4)
 fi
 
 # What lies in the work directory is of one set of options.

@@ -121,18 +121,29 @@ INSTANTIATE_TEST_SUITE_P(
              [](auto* o) {
                o->extra_costs = {{"mixed", 0.7}};
              },
-             "extra costs: mixed:0.7: expected a ladder before the cost, out of residual, prefix"},
+             "extra costs: mixed:0.7: expected one of the ladders before it: residual or prefix"},
         Case{"ExtraCostOfOneOfTwoLadders",
              [](auto* o) {
                o->extra_costs = {{"", 0.7}};
              },
-             "extra costs: 0.7: expected a ladder before the cost"},
+             "extra costs: 0.7: expected one of the ladders before it"},
+        Case{"ExtraCostTwice",
+             [](auto* o) {
+               o->ladder = LadderChoice::kResidual;
+               o->extra_costs = {{"", 0.7}, {"residual", 0.7}};
+             },
+             "extra costs: residual:0.7: is there twice"},
+        Case{"ExtraCostOfTheFullLevel",
+             [](auto* o) {
+               o->extra_costs = {{"prefix", 1}};
+             },
+             "extra costs: prefix:1: must be in (0, 1)"},
         Case{"ExtraCostToTrain",
              [](auto* o) {
                o->makes_gar_pairs = false;
                o->extra_costs = {{"prefix", 0.7}};
              },
-             "extra costs: are levels between those of an artifact to train"},
+             "extra costs: an artifact to train states other costs"},
         Case{"FullLevelAlone", [](auto* o) { o->search.costs = {1}; },
              "costs: the full level costs 1"}),
     [](const testing::TestParamInfo<Case>& test) { return test.param.name; });

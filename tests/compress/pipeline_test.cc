@@ -381,12 +381,30 @@ TEST_F(PipelineTest, ExtraCostsAreMeasuredAndStoredLikeOtherLevels) {
 
   const auto model = NestedModel::Open(options.output);
   ASSERT_TRUE(model.ok()) << model.status();
-  const Level& extra = (*model)->levels()[1];
+  const Level& extra = report->levels[1];
   EXPECT_GT(extra.relative_cost, 0.75);
   EXPECT_LE(extra.relative_cost, 0.8);
   EXPECT_FALSE(extra.is_interpolated);
-  // An interpolated level has none.
-  EXPECT_TRUE(extra.metrics.perplexity.has_value());
+  const Level& stored = (*model)->levels()[1];
+  EXPECT_EQ(stored.profile, extra.profile);
+  EXPECT_EQ(stored.metrics.perplexity, extra.metrics.perplexity);
+  EXPECT_TRUE(stored.metrics.perplexity.has_value());  // which no estimate is
+
+  // The same levels, in whatever order costs are named.
+  options.overwrites = true;
+  options.evaluation_tokens = 512;
+  std::vector<std::vector<Level>> made;
+  for (const std::vector<WantedLevel>& costs :
+       {std::vector<WantedLevel>{{"", 0.7}, {"", 0.85}}, {{"", 0.85}, {"", 0.7}}}) {
+    options.extra_costs = costs;
+    ASSERT_TRUE(Compress(options).ok());
+    const auto again = NestedModel::Open(options.output);
+    ASSERT_TRUE(again.ok()) << again.status();
+    made.push_back((*again)->levels());
+  }
+  ASSERT_EQ(made[0].size(), made[1].size());
+  ASSERT_GT(made[0].size(), 2u);
+  for (size_t i = 0; i < made[0].size(); ++i) EXPECT_EQ(made[0][i].profile, made[1][i].profile);
 }
 
 TEST_F(PipelineTest, AnArtifactToTrainHasTheRanksOfGarPairsAsPlainFactors) {
